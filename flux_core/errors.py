@@ -1,0 +1,39 @@
+"""One small tree of errors: each says what was found, what was needed, and the fix."""
+
+
+class GlassboxError(ValueError):
+    """Base of every error a user can cause and cure.
+
+    Args:
+        found: what is there, with its numbers.
+        needed: what has to be there.
+        fix: which node or setting changes it.
+    """
+
+    def __init__(self, found: str, needed: str, fix: str) -> None:
+        self.found, self.needed, self.fix = found, needed, fix
+        super().__init__(f"{found} Needed: {needed} Fix: {fix}")
+
+
+class ShapeError(GlassboxError):
+    """A size, a channel count or a batch does not fit."""
+
+
+class FamilyMismatchError(GlassboxError):
+    """Parts of two model families were wired together."""
+
+
+class CheckpointError(GlassboxError):
+    """A model file is missing, broken, incomplete or of another kind."""
+
+
+class SettingError(GlassboxError):
+    """A setting is outside what can be computed."""
+
+
+class MemoryLimitError(GlassboxError):
+    """The job needs more memory than there is."""
+
+
+class NonFiniteError(GlassboxError):
+    """Values hold NaN or infinity."""

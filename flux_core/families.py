@@ -1,0 +1,268 @@
+"""What differs between the models, as frozen data.
+
+A new family is one value here, one parity test and one workflow. No other file asks for a
+family by name; where the data does not say enough, a field is missing here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Placement = Literal["as wired", "offset", "index", "single"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """The latent as ComfyUI hands it over, and how the transformer reads it."""
+
+    name: str
+    channels: int
+    downscale: int  # pixels per latent cell, each axis
+    patch: int  # latent cells per token, each axis
+    scale: float  # the transformer sees scale * (latent - shift)
+    shift: float
+    id_axes: tuple[str, ...]
+
+    @property
+    def token_width(self) -> int:
+        """Channels of one token."""
+        return self.channels * self.patch**2
+
+    @property
+    def token_px(self) -> int:
+        """Pixels per token, each axis: picture sides are multiples of this."""
+        return self.downscale * self.patch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerSpec:
+    """Shape of the transformer; everything but axes and theta is read from a checkpoint."""
+
+    hidden: int
+    double_blocks: int
+    single_blocks: int
+    mlp_ratio: float
+    in_channels: int
+    out_channels: int
+    context_width: int
+    pooled_width: int
+    has_guidance: bool
+    axes_dim: tuple[int, ...]
+    theta: float
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return sum(self.axes_dim)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self.hidden // self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoencoderSpec:
+    """Shape of the autoencoder; the group count is the only part a checkpoint does not show."""
+
+    channels: int
+    channel_mult: tuple[int, ...]
+    res_blocks: int
+    norm_groups: int
+    latent: LatentSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec:
+    """Lengths the text encoders pad to, in tokens."""
+
+    clip_tokens: int
+    t5_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceSpec:
+    """Where reference tokens go on the first id axis, and how many the model was trained on."""
+
+    first_index: float
+    index_step: float  # for placement "index"
+    default_placement: Placement
+    trained_with: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleSpec:
+    """The resolution-dependent shift: mu is linear in the target's token count."""
+
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    shifted: bool = True  # False: sigmas fall linearly
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FluxFamily:
+    """One published model."""
+
+    name: str
+    title: str
+    transformer: TransformerSpec
+    latent: LatentSpec
+    text: TextSpec
+    reference: ReferenceSpec
+    schedule: ScheduleSpec
+    default_steps: int
+    default_guidance: float
+    file_hints: tuple[str, ...]  # substrings of file names; a hint is reported as a guess
+    source: str
+
+    @property
+    def is_guidance_distilled(self) -> bool:
+        """Guidance is an input of the network."""
+        return self.transformer.has_guidance
+
+
+FLUX1_LATENT = LatentSpec(
+    name="FLUX.1",
+    channels=16,
+    downscale=8,
+    patch=2,
+    scale=0.3611,
+    shift=0.1159,
+    id_axes=("index", "row", "column"),
+)
+# The nano autoencoder is trained so that FLUX.1's scale and shift normalise it too; the latents
+# still mean different pictures, hence a name of its own.
+NANO_FLUX1_LATENT = LatentSpec(
+    name="FLUX.1 nano",
+    channels=16,
+    downscale=8,
+    patch=2,
+    scale=0.3611,
+    shift=0.1159,
+    id_axes=("index", "row", "column"),
+)
+LATENTS = {latent.name: latent for latent in (FLUX1_LATENT, NANO_FLUX1_LATENT)}
+
+FLUX1_AUTOENCODER = AutoencoderSpec(
+    channels=128, channel_mult=(1, 2, 4, 4), res_blocks=2, norm_groups=32, latent=FLUX1_LATENT
+)
+
+_FLUX1_TRANSFORMER = TransformerSpec(
+    hidden=3072,
+    double_blocks=19,
+    single_blocks=38,
+    mlp_ratio=4.0,
+    in_channels=64,
+    out_channels=64,
+    context_width=4096,
+    pooled_width=768,
+    has_guidance=True,
+    axes_dim=(16, 56, 56),
+    theta=10_000.0,
+)
+_FLUX1_SCHNELL_TRANSFORMER = TransformerSpec(
+    hidden=3072,
+    double_blocks=19,
+    single_blocks=38,
+    mlp_ratio=4.0,
+    in_channels=64,
+    out_channels=64,
+    context_width=4096,
+    pooled_width=768,
+    has_guidance=False,
+    axes_dim=(16, 56, 56),
+    theta=10_000.0,
+)
+_KONTEXT_REFERENCE = ReferenceSpec(
+    first_index=1.0, index_step=1.0, default_placement="offset", trained_with=1
+)
+_NO_REFERENCE = ReferenceSpec(
+    first_index=1.0, index_step=1.0, default_placement="offset", trained_with=0
+)
+
+FLUX1_KONTEXT = FluxFamily(
+    name="flux1-kontext",
+    title="FLUX.1 Kontext [dev]",
+    transformer=_FLUX1_TRANSFORMER,
+    latent=FLUX1_LATENT,
+    text=TextSpec(clip_tokens=77, t5_tokens=512),
+    reference=_KONTEXT_REFERENCE,
+    schedule=ScheduleSpec(),
+    default_steps=30,
+    default_guidance=2.5,
+    file_hints=("kontext",),
+    source="black-forest-labs/flux@802fb47 src/flux/util.py configs, src/flux/sampling.py",
+)
+FLUX1_DEV = FluxFamily(
+    name="flux1-dev",
+    title="FLUX.1 [dev]",
+    transformer=_FLUX1_TRANSFORMER,
+    latent=FLUX1_LATENT,
+    text=TextSpec(clip_tokens=77, t5_tokens=512),
+    reference=_NO_REFERENCE,
+    schedule=ScheduleSpec(),
+    default_steps=50,
+    default_guidance=2.5,
+    file_hints=("flux1-dev", "flux-dev", "flux1_dev", "flux_dev"),
+    source="black-forest-labs/flux@802fb47 src/flux/util.py configs, src/flux/cli.py",
+)
+FLUX1_KREA = FluxFamily(
+    name="flux1-krea",
+    title="FLUX.1 Krea [dev]",
+    transformer=_FLUX1_TRANSFORMER,
+    latent=FLUX1_LATENT,
+    text=TextSpec(clip_tokens=77, t5_tokens=512),
+    reference=_NO_REFERENCE,
+    schedule=ScheduleSpec(),
+    default_steps=50,
+    default_guidance=2.5,
+    file_hints=("krea",),
+    source="black-forest-labs/flux@802fb47 src/flux/util.py configs",
+)
+FLUX1_SCHNELL = FluxFamily(
+    name="flux1-schnell",
+    title="FLUX.1 [schnell]",
+    transformer=_FLUX1_SCHNELL_TRANSFORMER,
+    latent=FLUX1_LATENT,
+    text=TextSpec(clip_tokens=77, t5_tokens=256),
+    reference=_NO_REFERENCE,
+    schedule=ScheduleSpec(shifted=False),
+    default_steps=4,
+    default_guidance=0.0,
+    file_hints=("schnell",),
+    source="black-forest-labs/flux@802fb47 src/flux/util.py configs, src/flux/cli.py",
+)
+NANO_KONTEXT = FluxFamily(
+    name="nano-kontext",
+    title="Glassbox nano Kontext",
+    transformer=TransformerSpec(
+        hidden=256,
+        double_blocks=2,
+        single_blocks=4,
+        mlp_ratio=4.0,
+        in_channels=64,
+        out_channels=64,
+        context_width=192,
+        pooled_width=96,
+        has_guidance=True,
+        axes_dim=(16, 56, 56),
+        theta=10_000.0,
+    ),
+    latent=NANO_FLUX1_LATENT,
+    text=TextSpec(clip_tokens=32, t5_tokens=32),
+    reference=_KONTEXT_REFERENCE,
+    schedule=ScheduleSpec(),
+    default_steps=8,
+    default_guidance=1.0,
+    file_hints=("glassbox_nano_kontext",),
+    source="this project, flux_core/training/nano.py",
+)
+NANO_AUTOENCODER = AutoencoderSpec(
+    channels=32, channel_mult=(1, 2, 4, 4), res_blocks=1, norm_groups=4, latent=NANO_FLUX1_LATENT
+)
+
+FAMILIES = {
+    family.name: family
+    for family in (FLUX1_KONTEXT, FLUX1_DEV, FLUX1_KREA, FLUX1_SCHNELL, NANO_KONTEXT)
+}

@@ -1,0 +1,65 @@
+"""The values that travel between nodes: small frozen dataclasses, one per socket."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .families import LatentSpec
+from .types import Ids, TokenValues
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCount:
+    """What one text encoder made of the prompt."""
+
+    encoder: str  # "CLIP-L", "T5"
+    used: int  # tokens of the prompt that were encoded, begin and end marks included
+    limit: int  # tokens the encoder takes
+    cut: str = ""  # the end of the prompt that did not fit, as text; "" when all of it fits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextFeatures:
+    """An encoded prompt."""
+
+    txt: Tensor  # (B, T, E)
+    pooled: Tensor | None  # (B, P)
+    counts: tuple[TokenCount, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """A picture, or noise, as a sequence of tokens with their places.
+
+    Values of a picture are the autoencoder's latent as it is (ComfyUI's LATENT convention): the
+    transformer's scale and shift are applied inside the plan. Noise is standard normal.
+    """
+
+    values: TokenValues
+    ids: Ids
+    grid: tuple[int, int]  # rows, columns
+    latent: LatentSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """What every step sees beside the noisy tokens."""
+
+    text: TextFeatures
+    references: tuple[Tokens, ...] = ()
+    guidance: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """What was done to a picture to make its size legal; all sizes are (height, width) in px.
+
+    The picture was cropped by `crop` (top, left, height, width; of the original), resized to
+    `resized`, and set at `offset` (top, left) into a canvas of `canvas`.
+    """
+
+    original: tuple[int, int]
+    crop: tuple[int, int, int, int]
+    resized: tuple[int, int]
+    offset: tuple[int, int] = field(default=(0, 0))
+    canvas: tuple[int, int]
