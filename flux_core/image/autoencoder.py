@@ -1,0 +1,239 @@
+"""The FLUX autoencoder: pixels to latent and back.
+
+Key names are the published ones, so a checkpoint loads without a map.
+Source: black-forest-labs/flux@802fb47 src/flux/modules/autoencoder.py.
+Deviation: `encode` gives the mode unless a generator is handed in, and neither direction applies
+the transformer's scale and shift; those belong to the plan (LatentSpec).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ShapeError
+from ..families import AutoencoderSpec
+from ..operations import Operations, torch_operations
+from ..types import Latent
+
+
+class _Build:
+    """Layer construction with one dtype, device, namespace and group count."""
+
+    def __init__(
+        self,
+        groups: int,
+        operations: Operations,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        self.groups, self.operations = groups, operations
+        self.dtype, self.device = dtype, device
+
+    def conv(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> nn.Module:
+        padding = kernel // 2 if stride == 1 else 0
+        return self.operations.Conv2d(
+            inputs,
+            outputs,
+            kernel_size=kernel,
+            stride=stride,
+            padding=padding,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def norm(self, channels: int) -> nn.Module:
+        return self.operations.GroupNorm(
+            num_groups=self.groups,
+            num_channels=channels,
+            eps=1e-6,
+            affine=True,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+
+class _ResBlock(nn.Module):
+    def __init__(self, build: _Build, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1 = build.norm(inputs)
+        self.conv1 = build.conv(inputs, outputs, 3)
+        self.norm2 = build.norm(outputs)
+        self.conv2 = build.conv(outputs, outputs, 3)
+        if inputs != outputs:
+            self.nin_shortcut = build.conv(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class _Attention(nn.Module):
+    """Single-head self-attention over all cells, with 1x1 convolutions."""
+
+    def __init__(self, build: _Build, channels: int) -> None:
+        super().__init__()
+        self.norm = build.norm(channels)
+        self.q = build.conv(channels, channels, 1)
+        self.k = build.conv(channels, channels, 1)
+        self.v = build.conv(channels, channels, 1)
+        self.proj_out = build.conv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, rows, columns = x.shape
+        normed = self.norm(x)
+        q, k, v = (
+            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, h w, C)
+            for layer in (self.q, self.k, self.v)
+        )
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h.squeeze(1).transpose(1, 2).reshape(batch, channels, rows, columns)
+        return x + self.proj_out(h)
+
+
+class _Downsample(nn.Module):
+    def __init__(self, build: _Build, channels: int) -> None:
+        super().__init__()
+        self.conv = build.conv(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class _Upsample(nn.Module):
+    def __init__(self, build: _Build, channels: int) -> None:
+        super().__init__()
+        self.conv = build.conv(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class _Level(nn.Module):
+    """The residual blocks of one resolution, then an optional change of resolution."""
+
+    def __init__(self, build: _Build, inputs: int, outputs: int, blocks: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            _ResBlock(build, inputs if i == 0 else outputs, outputs) for i in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "downsample"):
+            return self.downsample(x)
+        return self.upsample(x) if hasattr(self, "upsample") else x
+
+
+class _Middle(nn.Module):
+    def __init__(self, build: _Build, channels: int) -> None:
+        super().__init__()
+        self.block_1 = _ResBlock(build, channels, channels)
+        self.attn_1 = _Attention(build, channels)
+        self.block_2 = _ResBlock(build, channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, spec: AutoencoderSpec, build: _Build) -> None:
+        super().__init__()
+        widths = [spec.channels * mult for mult in spec.channel_mult]
+        self.conv_in = build.conv(3, spec.channels, 3)
+        self.down = nn.ModuleList()
+        for level, (inputs, outputs) in enumerate(
+            zip([spec.channels, *widths], widths, strict=False)
+        ):
+            down = _Level(build, inputs, outputs, spec.res_blocks)
+            if level < len(widths) - 1:
+                down.downsample = _Downsample(build, outputs)
+            self.down.append(down)
+        self.mid = _Middle(build, widths[-1])
+        self.norm_out = build.norm(widths[-1])
+        self.conv_out = build.conv(widths[-1], 2 * spec.latent.channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, spec: AutoencoderSpec, build: _Build) -> None:
+        super().__init__()
+        widths = [spec.channels * mult for mult in spec.channel_mult]
+        inputs = [*widths[1:], widths[-1]]
+        self.conv_in = build.conv(spec.latent.channels, widths[-1], 3)
+        self.mid = _Middle(build, widths[-1])
+        self.up = nn.ModuleList()
+        for level, outputs in enumerate(widths):
+            up = _Level(build, inputs[level], outputs, spec.res_blocks + 1)
+            if level > 0:
+                up.upsample = _Upsample(build, outputs)
+            self.up.append(up)
+        self.norm_out = build.norm(widths[0])
+        self.conv_out = build.conv(widths[0], 3, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Autoencoder(nn.Module):
+    """Pixels (B, 3, H, W) in -1..1 to a latent (B, C, H/8, W/8) and back."""
+
+    def __init__(
+        self,
+        spec: AutoencoderSpec,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        operations: Operations | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        build = _Build(spec.norm_groups, operations or torch_operations(), dtype, device)
+        self.encoder = _Encoder(spec, build)
+        self.decoder = _Decoder(spec, build)
+
+    def encode(self, pixels: Tensor, *, generator: torch.Generator | None = None) -> Latent:
+        """Encode a picture.
+
+        Args:
+            pixels: (B, 3, H, W) in -1..1; sides are multiples of the downscale factor.
+            generator: None gives the posterior's mode; a CPU generator draws a sample.
+
+        Returns:
+            (B, C, H/8, W/8), unscaled.
+
+        Raises:
+            ShapeError: a side is not a multiple of the downscale factor.
+        """
+        factor = self.spec.latent.downscale
+        height, width = pixels.shape[-2:]
+        if height % factor or width % factor:
+            raise ShapeError(
+                f"The picture is {width}x{height}.",
+                f"sides that are multiples of {factor}.",
+                "put 'Fit Image (FLUX)' before it.",
+            )
+        mean, logvar = self.encoder(pixels).chunk(2, dim=1)
+        if generator is None:
+            return mean
+        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32)
+        return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise.to(mean)
+
+    def decode(self, latent: Latent) -> Tensor:
+        """Decode an unscaled latent (B, C, h, w) to pixels (B, 3, 8h, 8w), about -1..1."""
+        if latent.shape[1] != self.spec.latent.channels:
+            raise ShapeError(
+                f"The latent has {latent.shape[1]} channels.",
+                f"{self.spec.latent.channels}, which {self.spec.latent.name} has.",
+                "use the autoencoder and the model of one family.",
+            )
+        return self.decoder(latent)

@@ -1,0 +1,113 @@
+"""How the nano world is talked about: every sentence the model is trained on."""
+
+import random
+from collections.abc import Sequence
+
+_RECOLOUR = (
+    "make the {name} {colour}",
+    "turn the {name} {colour}",
+    "paint the {name} {colour}",
+    "color the {name} {colour}",
+    "change the {name} to {colour}",
+    "recolor the {name} to {colour}",
+    "change the color of the {name} to {colour}",
+    "the {name} should be {colour}",
+)
+_BACKGROUND = (
+    "make the background {colour}",
+    "turn the background {colour}",
+    "paint the background {colour}",
+    "color the background {colour}",
+    "change the background to {colour}",
+    "recolor the background to {colour}",
+    "change the color of the background to {colour}",
+    "the background should be {colour}",
+    "use a {colour} background",
+)
+_REMOVE = (
+    "remove the {name}",
+    "delete the {name}",
+    "erase the {name}",
+    "take away the {name}",
+    "get rid of the {name}",
+    "make the {name} disappear",
+)
+_ADD = (
+    "add {name}{place}",
+    "draw {name}{place}",
+    "put {name}{place}",
+    "place {name}{place}",
+    "insert {name}{place}",
+)
+_CAPTION = (
+    "{shapes} on {ground} background",
+    "a picture of {shapes} on {ground} background",
+    "{shapes} with {ground} background",
+)
+_WHERE = {
+    "left": " on the left",
+    "right": " on the right",
+    "top": " at the top",
+    "bottom": " at the bottom",
+    "top left": " at the top left",
+    "top right": " at the top right",
+    "bottom left": " at the bottom left",
+    "bottom right": " at the bottom right",
+    "middle": " in the middle",
+    "": "",
+}
+_SPOKEN = (
+    "please shape shapes one object picture image scene it them this that with and to in at on of "
+    "into from corner side center upper lower keep everything else same only but do not no new "
+    "small large big colour recolour fill replace swap set give let be is are there two both"
+)
+
+
+def recolour_sentence(name: str, colour: str, rng: random.Random) -> str:
+    """Ask for another colour of the shape called `name`."""
+    return rng.choice(_RECOLOUR).format(name=name, colour=colour)
+
+
+def background_sentence(colour: str, rng: random.Random) -> str:
+    """Ask for another background."""
+    return rng.choice(_BACKGROUND).format(colour=colour)
+
+
+def remove_sentence(name: str, rng: random.Random) -> str:
+    """Ask for a shape to go."""
+    return rng.choice(_REMOVE).format(name=name)
+
+
+def add_sentence(kind: str, colour: str, place: str, rng: random.Random) -> str:
+    """Ask for a new shape; `place` may be empty."""
+    name = f"{article(colour)} {colour} {kind}"
+    return rng.choice(_ADD).format(name=name, place=_WHERE[place])
+
+
+def caption_sentence(
+    parts: Sequence[tuple[str, str, str]], background: str, rng: random.Random
+) -> str:
+    """Say what a picture shows; parts are (kind, colour, place), named left to right.
+
+    Two shapes side by side are the rule, so their places may go unsaid; above each other is said.
+    """
+    say_places = any(place in ("top", "bottom") for *_, place in parts)
+    names = [
+        f"{article(colour)} {colour} {kind}{_WHERE[place] if say_places else ''}"
+        for kind, colour, place in parts
+    ]
+    ground = f"{article(background)} {background}"
+    return rng.choice(_CAPTION).format(shapes=" and ".join(names), ground=ground)
+
+
+def article(word: str) -> str:
+    """The article a word takes."""
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def vocabulary(names: Sequence[str]) -> list[str]:
+    """Every word the tokenizers know, sorted: those of the sentences, `names` and a few more."""
+    sentences = (*_RECOLOUR, *_BACKGROUND, *_REMOVE, *_ADD, *_CAPTION, *_WHERE.values(), _SPOKEN)
+    fields = {"name": "", "colour": "", "place": "", "shapes": "", "ground": ""}
+    words = {word for sentence in sentences for word in sentence.format(**fields).split()}
+    return sorted(words | set(names) | {"a", "an", "the", "and"})

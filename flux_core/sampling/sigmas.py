@@ -1,0 +1,266 @@
+"""Noise levels: which sigma each step starts at, from noise (1) down to the picture (0).
+
+Every function returns steps + 1 values: the sigma of each step, then 0. All arithmetic is in
+Python floats and rounded to float32 once, so that a schedule is the same on every machine.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from ..errors import SettingError
+from ..families import ScheduleSpec
+from ..types import Sigmas
+
+SigmaKind = Literal["flux", "linear", "karras", "exponential", "by hand"]
+
+MAX_STEPS = 10_000
+KARRAS_RHO = 7.0
+
+
+def make_sigmas(
+    schedule: ScheduleSpec, tokens: int, steps: int, *, kind: SigmaKind = "flux", by_hand: str = ""
+) -> Sigmas:
+    """Make the sigmas a user asks for by name.
+
+    Karras and exponential run between the first and the last sigma above 0 of the model's own
+    schedule, as diffusers does with `use_karras_sigmas` and `use_exponential_sigmas`.
+
+    Args:
+        schedule: the family's rule.
+        tokens: tokens of the target only; text and references do not count.
+        steps: 1..10000; not read when the sigmas are written by hand.
+        kind: which curve.
+        by_hand: numbers for kind "by hand".
+
+    Returns:
+        (steps + 1,) float32 on the CPU, falling from at most 1 to 0.
+
+    Raises:
+        SettingError: a setting is out of range, or the text is not a list of falling sigmas.
+
+    Source: huggingface/diffusers@0.42.1 schedulers/scheduling_flow_match_euler_discrete.py
+        set_timesteps.
+    """
+    if kind == "by hand":
+        return parse_sigmas(by_hand)
+    if kind == "linear":
+        return linear_sigmas(steps)
+    own = flux_sigmas(schedule, tokens, steps)
+    if kind == "karras":
+        return karras_sigmas(steps, float(own[-2]), float(own[0]))
+    if kind == "exponential":
+        return exponential_sigmas(steps, float(own[-2]), float(own[0]))
+    return own
+
+
+def flux_sigmas(schedule: ScheduleSpec, tokens: int, steps: int) -> Sigmas:
+    """Shift evenly spaced sigmas by the size of the picture: large pictures stay noisy longer.
+
+    Args:
+        schedule: the family's rule; `shifted` False gives the evenly spaced sigmas.
+        tokens: tokens of the target only, at least 1; mu is extrapolated outside the trained range.
+        steps: 1..10000.
+
+    Returns:
+        (steps + 1,) float32 on the CPU.
+
+    Raises:
+        SettingError: steps or tokens out of range, or so many tokens that float32 cannot tell
+            the shifted sigmas apart.
+
+    Source: black-forest-labs/flux@802fb47 src/flux/sampling.py get_schedule, time_shift.
+    """
+    if tokens < 1:
+        raise SettingError(
+            f"The target has {tokens} tokens.", "at least 1.", "wire 'Noise (FLUX)' to noise."
+        )
+    if not schedule.shifted:
+        return linear_sigmas(steps)
+    _check_steps(steps)
+    mu = shift_mu(schedule, tokens)
+    # t' = e^mu / (e^mu + 1/t - 1), written so that a large mu cannot overflow
+    shifted = [
+        1.0 / (1.0 + math.exp(-mu) * (steps / (steps - index) - 1.0)) for index in range(steps)
+    ]
+    sigmas = _as_sigmas(shifted)
+    if not _falls(sigmas):
+        raise SettingError(
+            f"The schedule's shift for {tokens} target tokens is mu {mu:.2f}, so {steps} steps "
+            "fall on the same sigma in float32.",
+            "sigmas that fall at every step.",
+            "make the picture smaller in 'Noise (FLUX)', use fewer steps, or choose kind linear "
+            "or by hand in 'Schedule (FLUX)'.",
+        )
+    return sigmas
+
+
+def shift_mu(schedule: ScheduleSpec, tokens: int) -> float:
+    """Interpolate the shift's exponent from the target's token count, straight on beyond the ends.
+
+    Source: black-forest-labs/flux@802fb47 src/flux/sampling.py get_lin_function.
+    """
+    slope = (schedule.max_shift - schedule.base_shift) / (schedule.max_tokens - schedule.base_tokens)
+    return schedule.base_shift + slope * (tokens - schedule.base_tokens)
+
+
+def linear_sigmas(steps: int) -> Sigmas:
+    """Space the sigmas evenly: 1, ..., 1 / steps, 0."""
+    _check_steps(steps)
+    return _as_sigmas([1.0 - index / steps for index in range(steps)])
+
+
+def karras_sigmas(
+    steps: int, sigma_min: float, sigma_max: float, rho: float = KARRAS_RHO
+) -> Sigmas:
+    """Space the sigmas evenly in sigma ** (1 / rho): small steps near the picture.
+
+    Args:
+        steps: 1..10000.
+        sigma_min, sigma_max: last sigma above 0 and first sigma; 0 < min <= max <= 1.
+        rho: above 0; 7 is the paper's choice.
+
+    Returns:
+        (steps + 1,) float32 on the CPU.
+
+    Raises:
+        SettingError: steps, the range or rho cannot be computed.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), equation 5; end points as
+        huggingface/diffusers@0.42.1 FlowMatchEulerDiscreteScheduler._convert_to_karras.
+    """
+    _check_steps(steps)
+    _check_range(steps, sigma_min, sigma_max)
+    if not (math.isfinite(rho) and rho > 0):
+        raise SettingError(f"rho is {rho}.", "a number above 0.", "use 7.")
+    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return check_sigmas(_as_sigmas([place**rho for place in _spaced(first, last, steps)]))
+
+
+def exponential_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Sigmas:
+    """Space the sigmas evenly in log(sigma).
+
+    Args:
+        steps: 1..10000.
+        sigma_min, sigma_max: last sigma above 0 and first sigma; 0 < min <= max <= 1.
+
+    Returns:
+        (steps + 1,) float32 on the CPU.
+
+    Raises:
+        SettingError: steps or the range cannot be computed.
+
+    Source: huggingface/diffusers@0.42.1 schedulers/scheduling_flow_match_euler_discrete.py
+        _convert_to_exponential.
+    """
+    _check_steps(steps)
+    _check_range(steps, sigma_min, sigma_max)
+    first, last = math.log(sigma_max), math.log(sigma_min)
+    return check_sigmas(_as_sigmas([math.exp(place) for place in _spaced(first, last, steps)]))
+
+
+def parse_sigmas(text: str) -> Sigmas:
+    """Read sigmas written by hand; nothing is added, sorted or left out.
+
+    Args:
+        text: numbers apart by commas, semicolons, spaces or new lines, the 0 at the end included:
+            "1.0, 0.8, 0.5, 0".
+
+    Returns:
+        (numbers,) float32 on the CPU.
+
+    Raises:
+        SettingError: a word is no number, or the numbers are not falling sigmas that end in 0.
+    """
+    values: list[float] = []
+    for word in re.split(r"[\s,;]+", text.strip(" \t\r\n,;[]()")):
+        try:
+            values.append(float(word))
+        except ValueError:
+            raise SettingError(
+                f"The sigmas by hand hold {word!r}, which is no number."
+                if word
+                else "The sigmas by hand are empty.",
+                "numbers falling from at most 1 to 0, such as 1.0, 0.8, 0.5, 0.",
+                "write the list in sigmas of 'Schedule (FLUX)'.",
+            ) from None
+    return check_sigmas(torch.tensor(values, dtype=torch.float64))
+
+
+def check_sigmas(sigmas: Sigmas) -> Sigmas:
+    """Accept sigmas that a flow model can follow, whoever made them.
+
+    Args:
+        sigmas: (S + 1,) of any float type on any device, S = 1..10000.
+
+    Returns:
+        The same values, float32 on the CPU.
+
+    Raises:
+        SettingError: they are not one row of finite numbers, falling strictly from at most 1 to 0.
+    """
+    if sigmas.ndim != 1 or not 2 <= len(sigmas) <= MAX_STEPS + 1:
+        raise SettingError(
+            f"The sigmas have shape {tuple(sigmas.shape)}.",
+            f"2 to {MAX_STEPS + 1} numbers in one row: one for each step, and the 0 at the end.",
+            "use 'Schedule (FLUX)'.",
+        )
+    checked = sigmas.detach().to(device="cpu", dtype=torch.float32)
+    values: list[float] = checked.tolist()
+    if not all(math.isfinite(value) for value in values):
+        raise _bad_sigmas("are not all finite", values)
+    if values[0] > 1.0 or values[-1] < 0.0:
+        raise _bad_sigmas(
+            f"reach from {values[0]:g} to {values[-1]:g}, outside 0..1 (schedules of "
+            "non-flow models start far above 1)",
+            values,
+        )
+    if values[-1] != 0.0:
+        raise _bad_sigmas(f"end in {values[-1]:g}, not in 0, so noise would be left", values)
+    for index, (value, following) in enumerate(zip(values, values[1:], strict=False)):
+        if following >= value:
+            raise _bad_sigmas(
+                f"do not fall at place {index + 2}: {following:g} after {value:g}", values
+            )
+    return checked
+
+
+def _bad_sigmas(what: str, values: Sequence[float]) -> SettingError:
+    shown = ", ".join(f"{value:g}" for value in values[:6])
+    return SettingError(
+        f"The sigmas {what} (they begin {shown}).",
+        "finite numbers, falling strictly from at most 1 to exactly 0.",
+        "use 'Schedule (FLUX)', or write them so in its sigmas.",
+    )
+
+
+def _check_steps(steps: int) -> None:
+    if not 1 <= steps <= MAX_STEPS:
+        raise SettingError(
+            f"steps is {steps}.", f"1 to {MAX_STEPS}.", "set steps in 'Schedule (FLUX)'."
+        )
+
+
+def _check_range(steps: int, sigma_min: float, sigma_max: float) -> None:
+    if not 0.0 < sigma_min <= sigma_max <= 1.0 or (steps > 1 and sigma_min == sigma_max):
+        raise SettingError(
+            f"The sigmas are to run from {sigma_max} to {sigma_min} in {steps} steps.",
+            "0 < smallest < largest <= 1.",
+            "set the two ends apart, inside 0..1.",
+        )
+
+
+def _spaced(first: float, last: float, steps: int) -> list[float]:
+    """Give `steps` evenly spaced numbers from first to last; one step is `first`."""
+    return [first + (last - first) * index / max(steps - 1, 1) for index in range(steps)]
+
+
+def _as_sigmas(values: Sequence[float]) -> Sigmas:
+    return torch.tensor([*values, 0.0], dtype=torch.float64).to(torch.float32)
+
+
+def _falls(sigmas: Sigmas) -> bool:
+    return bool((sigmas[1:] < sigmas[:-1]).all())

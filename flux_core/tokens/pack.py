@@ -1,0 +1,73 @@
+"""Latent to tokens and back: pure permutations, so bit for bit.
+
+Source: black-forest-labs/flux@802fb47 src/flux/sampling.py prepare, unpack. Deviation: written as
+reshape and permute, without einops.
+"""
+
+from ..errors import ShapeError
+from ..families import LatentSpec
+from ..types import Latent, TokenValues
+from ..values import Tokens
+from .ids import image_ids
+
+
+def pack_latent(latent: Latent, spec: LatentSpec) -> TokenValues:
+    """Cut a latent into tokens, row by row.
+
+    Args:
+        latent: (B, C, h, w); h and w are multiples of spec.patch.
+        spec: channels and patch.
+
+    Returns:
+        (B, N, D); N = h w / patch**2, channel index = c patch**2 + row patch + column.
+
+    Raises:
+        ShapeError: another channel count, or a side that does not divide.
+    """
+    if latent.ndim != 4 or latent.shape[1] != spec.channels:
+        raise ShapeError(
+            f"The latent has shape {tuple(latent.shape)}.",
+            f"(batch, {spec.channels}, height, width) for {spec.name}.",
+            "choose the latent format that made it, or the autoencoder of this family.",
+        )
+    batch, channels, height, width = latent.shape
+    patch = spec.patch
+    if height % patch or width % patch or not height or not width:
+        raise ShapeError(
+            f"The latent is {width}x{height} cells ({width * spec.downscale}x"
+            f"{height * spec.downscale} px).",
+            f"sides that are multiples of {patch} cells ({spec.token_px} px).",
+            "put 'Fit Image (FLUX)' before encoding.",
+        )
+    rows, columns = height // patch, width // patch
+    cells = latent.reshape(batch, channels, rows, patch, columns, patch)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, spec.token_width)
+
+
+def unpack_tokens(values: TokenValues, grid: tuple[int, int], spec: LatentSpec) -> Latent:
+    """Lay tokens (B, N, D) out as the latent (B, C, h, w) they were cut from."""
+    rows, columns = grid
+    if values.ndim != 3 or values.shape[1:] != (rows * columns, spec.token_width):
+        raise ShapeError(
+            f"The tokens have shape {tuple(values.shape)}.",
+            f"(batch, {rows * columns}, {spec.token_width}): a {rows}x{columns} grid of "
+            f"{spec.name}.",
+            "hand over the tokens with the grid they were packed from.",
+        )
+    batch, patch = values.shape[0], spec.patch
+    cells = values.reshape(batch, rows, columns, spec.channels, patch, patch)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(
+        batch, spec.channels, rows * patch, columns * patch
+    )
+
+
+def latent_tokens(latent: Latent, spec: LatentSpec) -> Tokens:
+    """Pack a latent and place it as the target: index 0, rows and columns from 0."""
+    values = pack_latent(latent, spec)
+    grid = (latent.shape[2] // spec.patch, latent.shape[3] // spec.patch)
+    return Tokens(values=values, ids=image_ids(grid, spec), grid=grid, latent=spec)
+
+
+def tokens_latent(tokens: Tokens) -> Latent:
+    """Unpack tokens to the latent; the inverse of `latent_tokens`."""
+    return unpack_tokens(tokens.values, tokens.grid, tokens.latent)

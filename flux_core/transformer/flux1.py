@@ -1,0 +1,209 @@
+"""FLUX.1: two modules with weights, and the plan that runs them.
+
+Source: black-forest-labs/flux@802fb47 src/flux/model.py Flux.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FamilyMismatchError, ShapeError
+from ..families import FluxFamily, TransformerSpec
+from ..operations import Operations
+from ..tokens.ids import text_ids
+from ..types import Ids, Sigmas, TokenValues
+from ..values import Conditioning, Tokens
+from .flux1_blocks import Flux1Blocks
+from .modulation import Flux1Modulation, StepModulation
+from .plan import Plan
+from .rope import rope_tables
+
+
+def _where_it_is(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+class Flux1(nn.Module):
+    """The transformer of FLUX.1.
+
+    Args:
+        family: the published model it is.
+        spec: its real shape.
+        modulation, blocks: the two parts; needed one after the other, never together.
+        ready: called with a part just before it computes; brings it to the device it returns.
+        compute_dtype: dtype of activations; the weights' own when None.
+    """
+
+    def __init__(
+        self,
+        family: FluxFamily,
+        spec: TransformerSpec,
+        modulation: Flux1Modulation,
+        blocks: Flux1Blocks,
+        *,
+        ready: Callable[[nn.Module], torch.device] = _where_it_is,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.family, self.spec = family, spec
+        self.modulation, self.blocks = modulation, blocks
+        self.ready, self.compute_dtype = ready, compute_dtype
+
+    def plan(self, conditioning: Conditioning, target: Tokens, sigmas: Sigmas) -> Plan:
+        """Make the plan of one conditioning; see `plans`."""
+        return self.plans([conditioning], target, sigmas)[0]
+
+    def plans(
+        self, conditionings: Sequence[Conditioning], target: Tokens, sigmas: Sigmas
+    ) -> list[Plan]:
+        """Compute all that does not depend on the noisy tokens.
+
+        Args:
+            conditionings: each gives one plan; text and reference batches are 1 or the target's.
+            target: its ids and batch are used, its values are not.
+            sigmas: (S+1,); modulation is made for every one but a last 0.
+
+        Raises:
+            FamilyMismatchError, ShapeError: text or tokens of another model.
+        """
+        for conditioning in conditionings:
+            self._check(conditioning, target)
+        steps = [float(sigma) for sigma in sigmas]
+        if steps and steps[-1] == 0.0:
+            steps.pop()
+        device = self.ready(self.modulation)
+        modulations = [self._modulations(one, steps, device) for one in conditionings]
+        device = self.ready(self.blocks)
+        return [
+            self._plan(one, target, mods, device)
+            for one, mods in zip(conditionings, modulations, strict=True)
+        ]
+
+    def forward(
+        self,
+        img: TokenValues,
+        img_ids: Ids,
+        txt: Tensor,
+        txt_ids: Ids,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+    ) -> TokenValues:
+        """Run one step with the published signature: a plan of one step.
+
+        Args:
+            img: (B, N, D) tokens in the transformer's scale; references may follow the target.
+            img_ids, txt_ids: (N, A), (T, A), or the same with a batch axis.
+            txt: (B, T, E). y: (B, P). timesteps: (B,) sigma in 0..1. guidance: (B,).
+
+        Returns:
+            (B, N, D), the velocity of every image token.
+        """
+        dtype, device = self._dtype(), self.ready(self.modulation)
+        mod = self.modulation(
+            timesteps.to(device),
+            y.to(device, dtype),
+            None if guidance is None else guidance.to(device),
+        )
+        device = self.ready(self.blocks)
+        ids = torch.cat([one[0] if one.ndim == 3 else one for one in (txt_ids, img_ids)])
+        plan = Plan(
+            blocks=self.blocks,
+            txt=self.blocks.txt_in(txt.to(device, dtype)),
+            references=None,
+            rope=rope_tables(ids, self.spec.axes_dim, self.spec.theta, device),
+            modulations=[mod],
+        )
+        return plan.velocity(img.to(device), 0)
+
+    def _dtype(self) -> torch.dtype:
+        return self.compute_dtype or next(self.blocks.parameters()).dtype
+
+    def _modulations(
+        self, conditioning: Conditioning, steps: Sequence[float], device: torch.device
+    ) -> list[StepModulation]:
+        pooled = conditioning.text.pooled
+        assert pooled is not None  # checked
+        pooled = pooled.to(device, self._dtype())
+        batch = pooled.shape[0]
+        guidance = conditioning.guidance
+        if guidance is None:
+            guidance = self.family.default_guidance
+        strength = torch.full((batch,), guidance, dtype=torch.float32, device=device)
+        # One row at a time: a GEMM over all steps rounds differently in bfloat16.
+        return [
+            self.modulation(torch.full_like(strength, sigma), pooled, strength) for sigma in steps
+        ]
+
+    def _plan(
+        self,
+        conditioning: Conditioning,
+        target: Tokens,
+        modulations: Sequence[StepModulation],
+        device: torch.device,
+    ) -> Plan:
+        dtype, latent = self._dtype(), target.latent
+        txt = self.blocks.txt_in(conditioning.text.txt.to(device, dtype))
+        places = [text_ids(txt.shape[1], latent), target.ids.cpu()]
+        references = None
+        if conditioning.references:
+            batch = max(tokens.values.shape[0] for tokens in conditioning.references)
+            values = [
+                ((tokens.values.float() - latent.shift) * latent.scale).expand(batch, -1, -1)
+                for tokens in conditioning.references
+            ]
+            references = self.blocks.img_in(torch.cat(values, dim=1).to(device, dtype))
+            places += [tokens.ids.cpu() for tokens in conditioning.references]
+        return Plan(
+            blocks=self.blocks,
+            txt=txt,
+            references=references,
+            rope=rope_tables(torch.cat(places), self.spec.axes_dim, self.spec.theta, device),
+            modulations=modulations,
+        )
+
+    def _check(self, conditioning: Conditioning, target: Tokens) -> None:
+        text, spec = conditioning.text, self.spec
+        pooled_width = 0 if text.pooled is None else text.pooled.shape[-1]
+        if (text.txt.shape[-1], pooled_width) != (spec.context_width, spec.pooled_width):
+            raise FamilyMismatchError(
+                f"The text features are {text.txt.shape[-1]} wide, pooled {pooled_width}.",
+                f"{spec.context_width} and {spec.pooled_width} for {self.family.title}.",
+                "load the text encoders of the same model family.",
+            )
+        batch = target.values.shape[0]
+        named = [("text", text.txt.shape[0])]
+        for number, tokens in enumerate(conditioning.references, 1):
+            named.append((f"reference {number}", tokens.values.shape[0]))
+            if tokens.latent != self.family.latent:
+                raise FamilyMismatchError(
+                    f"Reference {number} holds {tokens.latent.name} tokens.",
+                    f"{self.family.latent.name} tokens for {self.family.title}.",
+                    "encode it with the autoencoder of the same model family.",
+                )
+        for name, size in named:
+            if size not in (1, batch):
+                raise ShapeError(
+                    f"The {name} has a batch of {size}, the noise {batch}.",
+                    "a batch of 1, or the same batch as the noise.",
+                    "set batch_size on 'Noise (FLUX)', or hand over one picture.",
+                )
+
+
+def build_flux1(
+    family: FluxFamily,
+    spec: TransformerSpec | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    operations: Operations | None = None,
+) -> Flux1:
+    """Build the network with unset weights; `spec` is the family's own when None."""
+    spec = spec or family.transformer
+    return Flux1(
+        family,
+        spec,
+        Flux1Modulation(spec, dtype=dtype, device=device, operations=operations),
+        Flux1Blocks(spec, dtype=dtype, device=device, operations=operations),
+    )

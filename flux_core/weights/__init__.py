@@ -1,0 +1,1 @@
+"""Files to modules: checkpoints in every published layout, recognised and checked."""

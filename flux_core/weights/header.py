@@ -1,0 +1,182 @@
+"""The header of a safetensors file: names, types and shapes of its tensors, checked.
+
+Read here and not by the library, so that a broken file gets words that help its owner.
+
+Source: huggingface/safetensors README, "Format".
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from ..errors import CheckpointError
+
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
+NEEDED = "a complete .safetensors file, or a folder of its shards."
+ANOTHER_FILE = "Download the file again, or choose another in the loader."
+_LENGTH_BYTES = 8  # the header's length, little-endian, opens the file
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+_PICKLED = "a pickled PyTorch file, which can run code and is never opened"
+_PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+# First bytes of what is often found under a model's name.
+_STRANGERS = (
+    (b"PK\x03\x04", _PICKLED),
+    (b"\x80", _PICKLED),
+    (b"GGUF", "a GGUF file, which this pack cannot read yet"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the model itself"),
+    (b"<", "a web page: the download was answered by a login or an error page"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What one file says of itself."""
+
+    dtypes: dict[str, torch.dtype]
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of one file; no weight is read.
+
+    Raises:
+        CheckpointError: the file is gone, not safetensors, cut short or malformed.
+    """
+    start = read_bytes(file, 64)
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    if len(start) < _LENGTH_BYTES or length > HEADER_LIMIT or start[8:9] not in (b"{", b""):
+        raise _not_safetensors(file, start)
+    text = read_bytes(file, length, _LENGTH_BYTES)
+    if len(text) < length:
+        raise _cut_short(file, _LENGTH_BYTES + length)
+    table = parse_table(text, file)
+    metadata = _table(table.pop("__metadata__", {}), file)
+    dtypes: dict[str, torch.dtype] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    spans: list[tuple[int, int]] = []
+    for key, value in table.items():
+        dtypes[key], shapes[key], span = _entry(key, _table(value, file), file)
+        spans.append(span)
+    _check_spans(file, spans, _LENGTH_BYTES + length)
+    return Header(dtypes, shapes, {key: str(text) for key, text in metadata.items()})
+
+
+def read_bytes(file: Path, count: int, skip: int = 0) -> bytes:
+    """Read up to `count` bytes, from `skip` on."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(skip)
+            return stream.read(count)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file.name} cannot be opened ({error.strerror}).", NEEDED, ANOTHER_FILE
+        ) from error
+
+
+def parse_table(text: bytes, file: Path) -> dict[str, object]:
+    """Parse a JSON object in which no name stands twice."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise malformed(file, "a name stands twice in its header")
+        return found
+
+    try:
+        return _table(cast(object, json.loads(text, object_pairs_hook=unique)), file)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise malformed(file, "its header is not JSON") from error
+
+
+def malformed(file: Path, what: str) -> CheckpointError:
+    """Say what is wrong inside a file."""
+    return CheckpointError(
+        f"{file.name} is damaged: {what}.", "a well-formed safetensors header.", ANOTHER_FILE
+    )
+
+
+def _not_safetensors(file: Path, start: bytes) -> CheckpointError:
+    said = "empty" if not start else "not a safetensors file"
+    if file.suffix.lower() in _PICKLE_ENDINGS:
+        said = _PICKLED
+    for magic, name in _STRANGERS:
+        if start.startswith(magic):
+            said = name
+    return CheckpointError(f"{file.name} is {said}.", NEEDED, ANOTHER_FILE)
+
+
+def _cut_short(file: Path, promised: int) -> CheckpointError:
+    return CheckpointError(
+        f"{file.name} is cut short: it is {file.stat().st_size:,} bytes long and its header "
+        f"promises {promised:,}.",
+        "the complete file.",
+        "Download the file again: the last download did not finish.",
+    )
+
+
+def _check_spans(file: Path, spans: list[tuple[int, int]], start: int) -> None:
+    """Check that the tensors fill the file with no gap, overlap or rest."""
+    end = 0
+    for begin, stop in sorted(spans):
+        if begin != end:
+            raise malformed(file, "its tensors overlap or leave a gap")
+        end = stop
+    size = file.stat().st_size
+    if size < start + end:
+        raise _cut_short(file, start + end)
+    if size > start + end:
+        raise malformed(file, "it is longer than its header says")
+
+
+def _table(value: object, file: Path) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise malformed(file, "a table is missing in its header")
+    return cast("dict[str, object]", value)
+
+
+def _entry(
+    key: str, value: dict[str, object], file: Path
+) -> tuple[torch.dtype, tuple[int, ...], tuple[int, int]]:
+    shape, span = _counts(value.get("shape")), _counts(value.get("data_offsets"))
+    if shape is None or span is None or len(span) != 2:
+        raise malformed(file, f"the entry of '{key}' is not a tensor")
+    dtype = _DTYPES.get(str(value.get("dtype")))
+    if dtype is None:
+        raise CheckpointError(
+            f"{file.name} stores '{key}' as {value.get('dtype')}, which this pack cannot read.",
+            "weights as bfloat16, float16, float32 or plain float8.",
+            "Choose the bfloat16 file of this model.",
+        )
+    if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
+        raise malformed(file, f"the length of '{key}' does not fit its shape")
+    return dtype, shape, (span[0], span[1])
+
+
+def _counts(value: object) -> tuple[int, ...] | None:
+    if not isinstance(value, list):
+        return None
+    items = cast("list[object]", value)
+    counts = tuple(item for item in items if type(item) is int and item >= 0)
+    return counts if len(counts) == len(items) else None
