@@ -1,0 +1,80 @@
+// @ts-check
+/** The pack's one extension: shows what a node reported, on the node, after each run. */
+
+import { app } from "../../scripts/app.js";
+import { keepResult, keptResult } from "./results.js";
+import { countsView, sequenceView } from "./widgets.js";
+
+/** Node id → the key of its ui output, and the view that shows it. */
+const SHOWN = {
+  GlassboxInspectTokens: { key: "glassbox_tokens", view: sequenceView },
+  GlassboxEncodeText: { key: "glassbox_text", view: countsView },
+};
+
+/** @type {WeakMap<object, (values: unknown) => void>} what draws on which node */
+const draws = new WeakMap();
+
+/** @param {any} node */
+function shownOn(node) {
+  return SHOWN[/** @type {keyof SHOWN} */ (node.constructor?.comfyClass ?? node.type)];
+}
+
+/**
+ * Give a node its widget and let each of its runs draw on it.
+ *
+ * @param {any} node
+ */
+function addView(node) {
+  const shown = shownOn(node);
+  if (!shown) return;
+  const { element, show } = shown.view();
+  let height = show(undefined);
+  const widget = node.addDOMWidget(shown.key, shown.key, element, {
+    getMinHeight: () => height,
+    getMaxHeight: () => height,
+    hideOnZoom: false,
+    hideInPanel: true, // the element exists once: the side panel would take it off the node
+    serialize: false, // not for the prompt
+  });
+  widget.serialize = false; // nor for the workflow, whose widget values are positional
+
+  draws.set(node, (values) => {
+    height = show(values);
+    element.style.setProperty("--comfy-widget-min-height", String(height));
+    const [width, needed] = node.computeSize();
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], needed)]);
+    node.setDirtyCanvas(true, true);
+  });
+
+  const onExecuted = node.onExecuted;
+  node.onExecuted = function (/** @type {any} */ output) {
+    onExecuted?.apply(this, arguments);
+    if (output && shown.key in output) {
+      keepResult(sessionStorage, this, output[shown.key]);
+      draws.get(this)?.(output[shown.key]);
+    }
+  };
+}
+
+/**
+ * Show again what a node of a loaded graph showed before.
+ *
+ * @param {any} node
+ */
+function restoreView(node) {
+  if (!shownOn(node)) return;
+  const values = keptResult(sessionStorage, node);
+  if (values !== undefined) draws.get(node)?.(values);
+}
+
+app.registerExtension({
+  name: "glassbox.results",
+  setup() {
+    const link = document.createElement("link");
+    link.rel = "stylesheet";
+    link.href = new URL("./glassbox.css", import.meta.url).href;
+    document.head.append(link);
+  },
+  nodeCreated: addView,
+  loadedGraphNode: restoreView,
+});
