@@ -262,7 +262,18 @@ NANO_AUTOENCODER = AutoencoderSpec(
     channels=32, channel_mult=(1, 2, 4, 4), res_blocks=1, norm_groups=4, latent=NANO_FLUX1_LATENT
 )
 
+AUTOENCODERS = (FLUX1_AUTOENCODER, NANO_AUTOENCODER)
+
+# In the order their file hints are tried: "flux1-dev-kontext" is Kontext.
 FAMILIES = {
     family.name: family
-    for family in (FLUX1_KONTEXT, FLUX1_DEV, FLUX1_KREA, FLUX1_SCHNELL, NANO_KONTEXT)
+    for family in (NANO_KONTEXT, FLUX1_KONTEXT, FLUX1_KREA, FLUX1_SCHNELL, FLUX1_DEV)
 }
+
+
+def reference_rule(latent: LatentSpec) -> ReferenceSpec:
+    """Give the rule for references of a latent; they are placed before a model is chosen.
+
+    Every family that shares a latent shares where its references go.
+    """
+    return next(family.reference for family in FAMILIES.values() if family.latent == latent)

@@ -1,0 +1,37 @@
+"""Checks at the boundary that several stages share."""
+
+import torch
+from torch import Tensor
+
+from .errors import FamilyMismatchError, NonFiniteError
+from .families import LatentSpec
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NonFiniteError: `name` holds some.
+    """
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise NonFiniteError(
+            f"The {name} input holds {bad} values that are NaN or infinite, of {values.numel()}.",
+            "finite values.",
+            "look at the node that made it; float16 overflows on some models and devices: load "
+            "them as bfloat16 or float32.",
+        )
+
+
+def check_latent(found: LatentSpec, needed: LatentSpec, name: str) -> None:
+    """Refuse tokens or an autoencoder of another latent.
+
+    Raises:
+        FamilyMismatchError: they do not belong together.
+    """
+    if found != needed:
+        raise FamilyMismatchError(
+            f"The {name} input holds {found.name} tokens.",
+            f"{needed.name} tokens.",
+            "use the model, the autoencoder and the latent format of one family.",
+        )

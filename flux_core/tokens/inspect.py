@@ -1,0 +1,72 @@
+"""The sequence the transformer reads, described for a person and for the web part."""
+
+from typing import TypedDict
+
+from ..families import LatentSpec
+from ..types import Ids
+from ..values import Conditioning, Tokens
+
+
+class Segment(TypedDict):
+    """One stretch of the sequence."""
+
+    kind: str  # "text", "target" or "reference"
+    name: str
+    count: int
+    grid: list[int] | None  # rows, columns
+    ids: list[tuple[str, float, float]]  # axis, smallest, largest
+
+
+class Sequence(TypedDict):
+    """The whole sequence, in the order the transformer reads it."""
+
+    segments: list[Segment]
+    total: int
+
+
+def describe_sequence(conditioning: Conditioning, target: Tokens | None) -> Sequence:
+    """Describe text, target and references in their order.
+
+    Args:
+        conditioning: text and placed references.
+        target: the noise, when it is known.
+    """
+    text = conditioning.text.txt.shape[1]
+    segments = [Segment(kind="text", name="text", count=text, grid=None, ids=[])]
+    if target is not None:
+        segments.append(_segment("target", "target", target))
+    for number, tokens in enumerate(conditioning.references, 1):
+        segments.append(_segment("reference", f"reference {number}", tokens))
+    return Sequence(segments=segments, total=sum(one["count"] for one in segments))
+
+
+def sequence_report(sequence: Sequence) -> str:
+    """Write the sequence down, one line a segment."""
+    lines = [_line(segment) for segment in sequence["segments"]]
+    return "\n".join([*lines, f"{sequence['total']} tokens in all"])
+
+
+def _segment(kind: str, name: str, tokens: Tokens) -> Segment:
+    return Segment(
+        kind=kind,
+        name=name,
+        count=tokens.ids.shape[0],
+        grid=list(tokens.grid),
+        ids=_ranges(tokens.ids, tokens.latent),
+    )
+
+
+def _ranges(ids: Ids, spec: LatentSpec) -> list[tuple[str, float, float]]:
+    lowest: list[float] = ids.amin(dim=0).tolist()
+    highest: list[float] = ids.amax(dim=0).tolist()
+    return list(zip(spec.id_axes, lowest, highest, strict=True))
+
+
+def _line(segment: Segment) -> str:
+    grid = segment["grid"]
+    size = f" = {grid[0]} rows x {grid[1]} columns" if grid else ""
+    places = ", ".join(
+        f"{axis} {low:g}" if low == high else f"{axis} {low:g} to {high:g}"
+        for axis, low, high in segment["ids"]
+    )
+    return f"{segment['name']}: {segment['count']} tokens{size}{'; ' if places else ''}{places}"

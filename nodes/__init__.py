@@ -1,0 +1,44 @@
+"""The nodes, in the order a picture is made."""
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from . import host
+from .images import EncodeAndPack, FitImage, UnpackAndDecode
+from .loaders import LoadAutoencoder, LoadModel, LoadNano, LoadTextEncoders
+from .references import ReferenceConditioner
+from .sampling import Noise, SampleGuided, SampleTrueCFG, Schedule
+from .text import EncodeText
+from .tokens import InspectTokens, PackLatent, PositionIds, UnpackLatent
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadNano,
+    LoadModel,
+    LoadTextEncoders,
+    LoadAutoencoder,
+    EncodeText,
+    FitImage,
+    EncodeAndPack,
+    PositionIds,
+    ReferenceConditioner,
+    Noise,
+    Schedule,
+    SampleGuided,
+    SampleTrueCFG,
+    UnpackAndDecode,
+    PackLatent,
+    UnpackLatent,
+    InspectTokens,
+]
+
+
+class Glassbox(ComfyExtension):
+    """What ComfyUI asks for when it loads the pack."""
+
+    @override
+    async def on_load(self) -> None:
+        host.add_nano_models()
+
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

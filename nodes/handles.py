@@ -1,0 +1,198 @@
+"""What travels on the model sockets: a network, and the patchers ComfyUI moves its weights with.
+
+A handle lives as long as somebody holds it, and holds no reference to itself, so a model is freed
+the moment its last user lets go.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..flux_core import memory
+from ..flux_core.checks import check_latent
+from ..flux_core.families import LatentSpec
+from ..flux_core.image.pixels import to_image, to_pixels
+from ..flux_core.sampling.denoise import denoise, finish, sampling_notes
+from ..flux_core.sampling.guidance import TrueCFG
+from ..flux_core.sampling.solver import SolverName
+from ..flux_core.types import Image, Latent, Sigmas
+from ..flux_core.values import Conditioning, TextFeatures, Tokens
+from . import host
+
+if TYPE_CHECKING:
+    from ..flux_core.image.autoencoder import Autoencoder
+    from ..flux_core.text.encoders import TextEncoders
+    from ..flux_core.transformer.flux1 import Flux1
+
+
+class _Residency:
+    """Brings the part of a transformer that computes next, and frees the other.
+
+    It knows the patchers, not the network: a network that held its handle would never be freed.
+    """
+
+    def __init__(self, modulation: Any, blocks: Any) -> None:
+        self.modulation, self.blocks = modulation, blocks
+        self.activations = 0  # bytes the next run needs beside the weights
+
+    def __call__(self, part: nn.Module) -> torch.device:
+        if part is self.modulation.model:
+            return host.bring([self.modulation], 0)
+        host.send_away(self.modulation)
+        return host.bring([self.blocks], self.activations)
+
+
+class ModelHandle:
+    """A transformer: blocks and modulation are two models to ComfyUI."""
+
+    def __init__(self, network: "Flux1", report: str, dtype: torch.dtype) -> None:
+        devices = host.model_devices()
+        self.network, self.family, self.report = network, network.family, report
+        self.patcher = host.wrap(network.blocks, devices)
+        self._modulation = host.wrap(network.modulation, devices)
+        self._residency = _Residency(self._modulation, self.patcher)
+        self.dtype = network.compute_dtype = dtype
+        network.ready = self._residency
+
+    def get_models(self) -> list[Any]:
+        """Name every patcher, so that ComfyUI keeps them for the prompt."""
+        return [self.patcher, self._modulation]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.patcher.load_device
+
+    def sample(
+        self,
+        conditioning: Conditioning,
+        noise: Tokens,
+        sigmas: Sigmas,
+        solver: SolverName,
+        cfg: TrueCFG | None = None,
+    ) -> Tokens:
+        """Sample under ComfyUI's progress, previews and cancelling.
+
+        Raises:
+            GlassboxError: inputs that do not go together, or more than memory holds.
+        """
+        steps = len(sigmas) - 1
+        self._make_room(conditioning, noise, steps, passes=2 if cfg else 1)
+        host.tell(sampling_notes(self.network, conditioning, steps=steps, cfg=cfg))
+        here = replace(noise, values=noise.values.to(self.device))
+        run = denoise(self.network, conditioning, here, sigmas, cfg=cfg, solver=solver)
+        last = host.drive(run, noise, self.device)
+        return finish(host.to_outputs(last.x), noise)
+
+    def _make_room(
+        self, conditioning: Conditioning, noise: Tokens, steps: int, passes: int
+    ) -> None:
+        """Ask for the memory of a run before it starts.
+
+        Raises:
+            MemoryLimitError: it cannot fit, whatever is unloaded.
+        """
+        counts = [one.ids.shape[0] for one in (noise, *conditioning.references)]
+        tokens = conditioning.text.txt.shape[1] + sum(counts)
+        spec, size = self.network.spec, self.dtype.itemsize
+        batch = passes * noise.values.shape[0]
+        needed = memory.plan_bytes(spec, steps, batch, size)
+        needed += memory.transformer_bytes(spec, tokens, batch, size)
+        memory.require_memory(
+            needed,
+            host.available_bytes(self.device),
+            f"Sampling {tokens} tokens ({len(counts) - 1} references, batch {batch})",
+            "make the picture or the batch smaller, or use fewer or smaller references.",
+        )
+        self._residency.activations = needed
+
+
+class TextEncodersHandle:
+    """The text encoders, one patcher each."""
+
+    def __init__(self, encoders: "TextEncoders") -> None:
+        devices = host.text_devices()
+        self.encoders, self.report = encoders, encoders.report
+        patchers = [host.wrap(module, devices) for module in encoders.modules]
+        self._patchers, self.patcher = patchers, patchers[-1]
+        encoders.device = devices[0]
+        encoders.ready = lambda: host.bring_whole_leaves(patchers)
+
+    def get_models(self) -> list[Any]:
+        """Name every patcher, so that ComfyUI keeps them for the prompt."""
+        return self._patchers
+
+    def encode(self, prompt: str, prompt_2: str, t5_tokens: int | None) -> TextFeatures:
+        """Encode a prompt; `prompt_2` is T5's, the same when empty."""
+        text = self.encoders.encode(prompt, prompt_2, t5_tokens=t5_tokens)
+        pooled = None if text.pooled is None else host.to_outputs(text.pooled)
+        return replace(text, txt=host.to_outputs(text.txt), pooled=pooled)
+
+
+class AutoencoderHandle:
+    """An autoencoder; pictures of a batch go through it one by one."""
+
+    def __init__(self, autoencoder: "Autoencoder", report: str, dtype: torch.dtype) -> None:
+        self.autoencoder, self.report, self.dtype = autoencoder, report, dtype
+        self.patcher = host.wrap(autoencoder, host.autoencoder_devices())
+
+    def get_models(self) -> list[Any]:
+        """Name the patcher, so that ComfyUI keeps it for the prompt."""
+        return [self.patcher]
+
+    @property
+    def latent(self) -> LatentSpec:
+        """What its latents are."""
+        return self.autoencoder.spec.latent
+
+    def encode(self, image: Image, generator: torch.Generator | None) -> Latent:
+        """Encode pictures (B, H, W, 3) to latents.
+
+        Raises:
+            ShapeError: channels or sides do not fit.
+            MemoryLimitError: one picture takes more memory than there is.
+        """
+        pixels = to_pixels(image)
+        height, width = image.shape[1:3]
+        self._make_room(memory.encode_bytes, "Encoding", height, width)
+        latents = [
+            host.to_outputs(self.autoencoder.encode(self._here(one), generator=generator).float())
+            for one in pixels.split(1)
+        ]
+        return torch.cat(latents)
+
+    def decode(self, latent: Latent, spec: LatentSpec) -> Image:
+        """Decode latents to pictures (B, H, W, 3).
+
+        Raises:
+            FamilyMismatchError: a latent of another autoencoder.
+            MemoryLimitError: one picture takes more memory than there is.
+        """
+        check_latent(spec, self.latent, "tokens")
+        scale = self.latent.downscale
+        height, width = latent.shape[2] * scale, latent.shape[3] * scale
+        self._make_room(memory.decode_bytes, "Decoding", height, width)
+        images = [
+            host.to_outputs(to_image(self.autoencoder.decode(self._here(one))))
+            for one in latent.split(1)
+        ]
+        return torch.cat(images)
+
+    def _here(self, tensor: torch.Tensor) -> torch.Tensor:
+        host.stop_if_cancelled()
+        return tensor.to(self.patcher.load_device, self.dtype)
+
+    def _make_room(
+        self, estimate: Callable[[Any, int, int], int], job: str, height: int, width: int
+    ) -> None:
+        needed = estimate(self.autoencoder.spec, height * width, self.dtype.itemsize)
+        memory.require_memory(
+            needed,
+            host.available_bytes(self.patcher.load_device),
+            f"{job} a picture of {width}x{height}",
+            "make it smaller with 'Fit Image (FLUX)'.",
+        )
+        host.bring([self.patcher], needed)

@@ -1,0 +1,260 @@
+"""The only door to ComfyUI: files, devices, memory, progress, previews and cancelling.
+
+`Any` stands for ComfyUI's own classes, which carry no usable types.
+"""
+
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy
+import comfy.latent_formats
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import folder_paths
+import latent_preview
+import torch
+from comfy_execution.utils import get_executing_context
+from torch import Tensor, nn
+
+from ..flux_core.errors import CheckpointError, SettingError
+from ..flux_core.families import LatentSpec
+from ..flux_core.operations import Operations
+from ..flux_core.sampling.solver import Step
+from ..flux_core.tokens.pack import unpack_tokens
+from ..flux_core.values import Tokens
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPE_CHOICES = ["auto", *DTYPES]
+MAX_SIDE_PX = 16384  # ComfyUI's own MAX_RESOLUTION
+_NANO_MODELS = Path(__file__).parents[1] / "flux_core" / "nano" / "diffusion_models"
+_SHARE_OF_RAM = 0.5  # float32 on a CPU only if the weights fill at most this much of free memory
+
+
+# ---- files
+
+
+def add_nano_models() -> None:
+    """Let every loader of diffusion models see the embedded one; what is listed stays first."""
+    folder_paths.add_model_folder_path("diffusion_models", str(_NANO_MODELS), is_default=False)
+
+
+def model_names(folder: str) -> list[str]:
+    """List the models ComfyUI knows in one of its folders."""
+    return folder_paths.get_filename_list(folder)
+
+
+def model_path(folder: str, name: str) -> Path:
+    """Find a listed model's file.
+
+    Raises:
+        CheckpointError: it is not listed, or has vanished.
+    """
+    path = folder_paths.get_full_path(folder, name) if name in model_names(folder) else None
+    if path is None:
+        raise CheckpointError(
+            f"'{name}' is not in ComfyUI's {folder} folders.",
+            "a file that is there.",
+            "put it back, or press R to refresh the lists and choose another.",
+        )
+    return Path(path)
+
+
+def native_tokenizers() -> tuple[Path, Path]:
+    """Give the folders of CLIP-L's and T5's tokenizers, which ComfyUI itself carries."""
+    package = Path(comfy.model_management.__file__).parent
+    return package / "sd1_tokenizer", package / "text_encoders" / "t5_tokenizer"
+
+
+# ---- devices and dtypes
+
+
+def operations() -> Operations:
+    """Give the layers that ComfyUI can move and stream; weights are stored as they compute."""
+    return comfy.ops.disable_weight_init
+
+
+def model_devices() -> tuple[torch.device, torch.device]:
+    """Where a transformer computes, and where it waits."""
+    return mm.get_torch_device(), mm.unet_offload_device()
+
+
+def text_devices() -> tuple[torch.device, torch.device]:
+    """Where text encoders compute, and where they wait."""
+    return mm.text_encoder_device(), mm.text_encoder_offload_device()
+
+
+def autoencoder_devices() -> tuple[torch.device, torch.device]:
+    """Where an autoencoder computes, and where it waits."""
+    return mm.vae_device(), mm.vae_offload_device()
+
+
+def model_dtype(choice: str, parameters: int) -> torch.dtype:
+    """Choose the dtype a transformer of so many parameters is stored in and computes in."""
+    device, _ = model_devices()
+    order = [torch.bfloat16, torch.float16, torch.float32]
+    own = mm.unet_dtype(device, parameters, supported_dtypes=order)
+    return _chosen(choice, own, device, parameters)
+
+
+def text_dtype(choice: str, parameters: int) -> torch.dtype:
+    """Choose the dtype of text encoders."""
+    device, _ = text_devices()
+    own = torch.float32 if mm.is_device_cpu(device) else torch.float16
+    if mm.should_use_bf16(device):
+        own = torch.bfloat16
+    return _chosen(choice, own, device, parameters)
+
+
+def autoencoder_dtype(choice: str) -> torch.dtype:
+    """Choose the dtype of an autoencoder."""
+    device, _ = autoencoder_devices()
+    own = mm.vae_dtype(device, [torch.bfloat16, torch.float32])
+    return _chosen(choice, own, device, 0)
+
+
+def _chosen(choice: str, own: torch.dtype, device: torch.device, parameters: int) -> torch.dtype:
+    """Follow the user, else ComfyUI; on a CPU without room for float32 take bfloat16."""
+    if choice in DTYPES:
+        return DTYPES[choice]
+    if own not in DTYPES.values():
+        own = torch.bfloat16
+    room = mm.get_free_memory(torch.device("cpu")) * _SHARE_OF_RAM
+    if mm.is_device_cpu(device) and own == torch.float32 and parameters * 4 > room:
+        return torch.bfloat16
+    return own
+
+
+def latent_samples(latent: Any) -> Tensor:
+    """Take the tensor out of a LATENT.
+
+    Raises:
+        SettingError: it carries something that tokens cannot, and that would be lost.
+    """
+    if latent.get("noise_mask") is not None:
+        raise SettingError(
+            "The latent carries a noise mask, which tokens cannot carry.",
+            "a latent without one.",
+            "take 'Set Latent Noise Mask' or 'VAE Encode (for Inpainting)' off this wire.",
+        )
+    if latent.get("type") is not None:
+        raise SettingError(
+            f"The latent is of type '{latent['type']}'.",
+            "the latent of a picture.",
+            "encode a picture with FLUX's autoencoder.",
+        )
+    if latent.get("batch_index") is not None:
+        tell(["The latent's batch_index is ignored: tokens carry no noise indices."])
+    return latent["samples"]
+
+
+def to_outputs(tensor: Tensor) -> Tensor:
+    """Bring a result to where ComfyUI keeps what travels between nodes."""
+    return tensor.to(mm.intermediate_device())
+
+
+# ---- models
+
+
+def wrap(module: nn.Module, devices: tuple[torch.device, torch.device]) -> Any:
+    """Hand a module to ComfyUI's model management; returns its patcher."""
+    module.eval().requires_grad_(False)
+    mm.archive_model_dtypes(module)
+    # Looked up here: ComfyUI binds another class to this name when it starts with DynamicVRAM.
+    return comfy.model_patcher.CoreModelPatcher(
+        module, load_device=devices[0], offload_device=devices[1]
+    )
+
+
+def bring(patchers: Sequence[Any], activations: int) -> torch.device:
+    """Load models to where they compute, with room for so many bytes of activations."""
+    mm.load_models_gpu(list(patchers), memory_required=activations)
+    return patchers[0].load_device
+
+
+def bring_whole_leaves(patchers: Sequence[Any]) -> None:
+    """Load models with parameters that are not in ComfyUI's layers, such as T5's norms.
+
+    ComfyUI leaves those behind when it loads a model in part; they are small, so they follow.
+    """
+    device = bring(patchers, 0)
+    for patcher in patchers:
+        for module in patcher.model.modules():
+            if not hasattr(module, "comfy_cast_weights"):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(device)
+
+
+def send_away(patcher: Any) -> None:
+    """Free what one model holds where it computes, and leave every other model in place."""
+    loaded = mm.current_loaded_models
+    if any(one.model is patcher for one in loaded):
+        others = [one for one in loaded if one.model is not patcher]
+        mm.free_memory(1e30, patcher.load_device, keep_loaded=others)
+
+
+def available_bytes(device: torch.device) -> float:
+    """Count what is free on a device, and what ComfyUI could free there by unloading models."""
+    free = mm.get_free_memory(device)
+    if mm.is_device_cpu(device):
+        return free
+    return free + sum(
+        one.model_loaded_memory()
+        for one in mm.current_loaded_models
+        if one.device == device and one.model is not None
+    )
+
+
+# ---- running
+
+
+def tell(messages: Sequence[str]) -> None:
+    """Show notes on the node that runs."""
+    from server import PromptServer
+
+    server, context = getattr(PromptServer, "instance", None), get_executing_context()
+    if messages and server is not None and context is not None:
+        server.send_progress_text("\n".join(messages), context.node_id, server.client_id)
+
+
+def stop_if_cancelled() -> None:
+    """Raise ComfyUI's interruption if the user pressed cancel."""
+    mm.throw_exception_if_processing_interrupted()
+
+
+def drive(steps: Iterator[Step], target: Tokens, device: torch.device) -> Step:
+    """Run a sampler to its last step: progress, previews, and cancelling between steps.
+
+    The sampler is closed however this ends, so nothing it holds outlives a cancel.
+    """
+    previewer = latent_preview.get_previewer(device, _latent_format(target.latent))
+    last: Step | None = None
+    bar: Any = None
+    try:
+        stop_if_cancelled()
+        for last in steps:
+            bar = bar or comfy.utils.ProgressBar(last.steps)
+            bar.update_absolute(last.index + 1, last.steps, _preview(previewer, last, target))
+            stop_if_cancelled()
+    finally:
+        if isinstance(steps, Generator):
+            steps.close()
+    assert last is not None  # sigmas hold at least one step
+    return last
+
+
+def _preview(previewer: Any, step: Step, target: Tokens) -> Any:
+    if previewer is None:
+        return None
+    latent = unpack_tokens(step.denoised, target.grid, target.latent)
+    return previewer.decode_latent_to_preview_image("JPEG", latent)
+
+
+def _latent_format(spec: LatentSpec) -> Any:
+    """Give ComfyUI's own description of a latent, for previews."""
+    return comfy.latent_formats.Flux()

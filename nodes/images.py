@@ -1,0 +1,165 @@
+"""Pictures to tokens and back."""
+
+import torch
+from comfy_api.latest import io
+from typing_extensions import override
+
+from ..flux_core.checks import check_finite
+from ..flux_core.families import FLUX1_LATENT
+from ..flux_core.image.fit import FitMethod, fit_image, keep_size, preferred_size, undo_fit
+from ..flux_core.image.pixels import check_image
+from ..flux_core.tokens.pack import latent_tokens, tokens_latent
+from ..flux_core.types import Image
+from ..flux_core.values import Fit
+from . import host
+from .sockets import AutoencoderSocket, FitSocket, TokensSocket
+
+_CATEGORY = "FLUX Glassbox/image"
+
+
+class FitImage(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxFitImage",
+            display_name="Fit Image (FLUX)",
+            category=_CATEGORY,
+            description="Make a picture's size legal for the model, and remember how, so that "
+            "Unpack and Decode can undo it.",
+            search_aliases=["kontext image scale", "resize", "flux size", "pad", "crop"],
+            inputs=[
+                io.Image.Input("image", tooltip="Any size; three channels."),
+                io.Combo.Input(
+                    "size",
+                    options=["preferred", "keep", "exact"],
+                    tooltip="preferred: the nearest of Kontext's 17 trained sizes, about 1 "
+                    "megapixel. keep: the picture's own size, to the next multiple of 16 px. "
+                    "exact: width and height below.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=1024,
+                    min=16,
+                    max=host.MAX_SIDE_PX,
+                    step=16,
+                    tooltip="In pixels, a multiple of 16. Used by size exact only.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=1024,
+                    min=16,
+                    max=host.MAX_SIDE_PX,
+                    step=16,
+                    tooltip="In pixels, a multiple of 16. Used by size exact only.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=["crop", "pad", "stretch"],
+                    tooltip="crop cuts what is too much, pad repeats the edge where something is "
+                    "missing, stretch changes the proportions.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("image"),
+                FitSocket.Output("fit", tooltip="For Unpack and Decode, to undo the fit."),
+                io.Int.Output("width", tooltip="Of the fitted picture, for Noise."),
+                io.Int.Output("height", tooltip="Of the fitted picture, for Noise."),
+            ],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls, image: io.Image.Type, size: str, width: int, height: int, method: FitMethod
+    ) -> io.NodeOutput:
+        fitted, fit = _fit(image, size, (height, width), method)
+        return io.NodeOutput(fitted, fit, fit.canvas[1], fit.canvas[0])
+
+
+def _fit(image: Image, size: str, exact: tuple[int, int], method: FitMethod) -> tuple[Image, Fit]:
+    check_image(image)
+    multiple = FLUX1_LATENT.token_px
+    if size == "keep":
+        return keep_size(image, method, multiple)
+    if size == "preferred":
+        width, height = preferred_size(image.shape[2], image.shape[1])
+        return fit_image(image, (height, width), method, multiple)
+    return fit_image(image, exact, method, multiple)
+
+
+class EncodeAndPack(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxEncodeAndPack",
+            display_name="Encode and Pack (FLUX)",
+            category=_CATEGORY,
+            description="Encode a picture to a latent and cut it into tokens, placed as a target: "
+            "index 0, rows and columns from 0.",
+            search_aliases=["vae encode", "reference latent", "image to tokens", "patchify"],
+            inputs=[
+                AutoencoderSocket.Input("autoencoder", tooltip="From a loader."),
+                io.Image.Input("image", tooltip="Sides are multiples of 16 px: see Fit Image."),
+                io.Combo.Input(
+                    "posterior",
+                    options=["mode", "sample"],
+                    tooltip="mode: the same latent every time, as ComfyUI and diffusers do. "
+                    "sample: drawn with the seed, as the published code does.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    tooltip="0 to 2^64 - 1. Used by posterior sample only.",
+                ),
+            ],
+            outputs=[TokensSocket.Output("tokens")],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls, autoencoder: AutoencoderSocket.Type, image: io.Image.Type, posterior: str, seed: int
+    ) -> io.NodeOutput:
+        generator = torch.Generator().manual_seed(seed) if posterior == "sample" else None
+        latent = autoencoder.encode(image, generator)
+        return io.NodeOutput(latent_tokens(latent, autoencoder.latent))
+
+
+class UnpackAndDecode(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxUnpackAndDecode",
+            display_name="Unpack and Decode (FLUX)",
+            category=_CATEGORY,
+            description="Lay tokens out as a latent, decode it to a picture, and undo the fit.",
+            search_aliases=["vae decode", "tokens to image", "unpatchify"],
+            inputs=[
+                AutoencoderSocket.Input("autoencoder", tooltip="Of the model that sampled."),
+                TokensSocket.Input("tokens", tooltip="From a sampler."),
+                FitSocket.Input(
+                    "fit",
+                    optional=True,
+                    tooltip="Of the picture that was edited: cuts padding away and resizes back. "
+                    "What a crop cut off does not come back.",
+                ),
+            ],
+            outputs=[io.Image.Output("image")],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls,
+        autoencoder: AutoencoderSocket.Type,
+        tokens: TokensSocket.Type,
+        fit: FitSocket.Type | None = None,
+    ) -> io.NodeOutput:
+        check_finite(tokens.values, "tokens")
+        image = autoencoder.decode(tokens_latent(tokens), tokens.latent)
+        return io.NodeOutput(image if fit is None else undo_fit(image, fit))

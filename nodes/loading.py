@@ -1,0 +1,129 @@
+"""From files to handles: each file is loaded once, however many loaders name it.
+
+The registry is weak: it keeps no model alive. Modules that take long to import are imported when
+a model is first loaded.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+from ..flux_core.errors import CheckpointError
+from ..flux_core.families import FAMILIES, FLUX1_KONTEXT, NANO_KONTEXT, TextSpec
+from . import host
+from .handles import AutoencoderHandle, ModelHandle, TextEncodersHandle
+
+_Handle = TypeVar("_Handle", bound=ModelHandle | TextEncodersHandle | AutoencoderHandle)
+_registry: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
+
+
+def shared(key: Hashable, load: Callable[[], _Handle]) -> _Handle:
+    """Give the handle somebody already holds under this key, or load it."""
+    handle = _registry.get(key)
+    if handle is None:
+        handle = _registry[key] = load()
+    return handle
+
+
+def load_model(path: Path, family: str, dtype: str) -> ModelHandle:
+    """Load a transformer; `family` "auto" is decided by its weights and its file name."""
+    from ..flux_core.weights.load import load_flux1
+
+    def load() -> ModelHandle:
+        chosen = host.model_dtype(dtype, parameters_of([path]))
+        network, report = load_flux1(
+            path,
+            family=FAMILIES.get(family),
+            dtype=chosen,
+            device=host.model_devices()[1],
+            operations=host.operations(),
+        )
+        return ModelHandle(network, str(report), chosen)
+
+    return shared(("model", identity([path]), family, dtype), load)
+
+
+def load_autoencoder(path: Path, dtype: str) -> AutoencoderHandle:
+    """Load an autoencoder."""
+    from ..flux_core.weights import load as weights
+
+    def load() -> AutoencoderHandle:
+        chosen = host.autoencoder_dtype(dtype)
+        autoencoder, report = weights.load_autoencoder(
+            path,
+            dtype=chosen,
+            device=host.autoencoder_devices()[1],
+            operations=host.operations(),
+        )
+        return AutoencoderHandle(autoencoder, str(report), chosen)
+
+    return shared(("autoencoder", identity([path]), dtype), load)
+
+
+def load_text_encoders(
+    files: Sequence[Path],
+    dtype: str,
+    clip_tokenizer: Path,
+    t5_tokenizer: Path,
+    text: TextSpec = FLUX1_KONTEXT.text,
+) -> TextEncodersHandle:
+    """Load CLIP and T5 from one or two files, in any order."""
+    from ..flux_core.weights import text_encoders as weights
+
+    def load() -> TextEncodersHandle:
+        encoders = weights.load_text_encoders(
+            files,
+            clip_tokenizer=clip_tokenizer,
+            t5_tokenizer=t5_tokenizer,
+            text=text,
+            dtype=host.text_dtype(dtype, parameters_of(files)),
+            device=host.text_devices()[1],
+            operations=host.operations(),
+        )
+        return TextEncodersHandle(encoders)
+
+    return shared(("text", identity(files), dtype, clip_tokenizer, t5_tokenizer), load)
+
+
+def load_nano() -> tuple[ModelHandle, TextEncodersHandle, AutoencoderHandle]:
+    """Load the embedded model: its transformer, text encoders and autoencoder."""
+    from ..flux_core.nano import paths
+
+    tokenizers = paths.CLIP_TOKENIZER, paths.T5_TOKENIZER
+    return (
+        load_model(paths.TRANSFORMER, NANO_KONTEXT.name, "auto"),
+        load_text_encoders([paths.CLIP, paths.T5], "auto", *tokenizers, NANO_KONTEXT.text),
+        load_autoencoder(paths.AUTOENCODER, "auto"),
+    )
+
+
+def fingerprint(folder: str, *names: str) -> object:
+    """Tell whether files changed, for ComfyUI's cache; a missing one says so when it is loaded."""
+    listed = [name for name in names if name in host.model_names(folder)]
+    try:
+        return names, identity([host.model_path(folder, name) for name in listed])
+    except CheckpointError as error:
+        return names, str(error)
+
+
+def parameters_of(files: Sequence[Path]) -> int:
+    """Count the numbers in model files from their headers."""
+    from ..flux_core.weights.files import open_checkpoint
+
+    return sum(
+        math.prod(shape) for path in files for shape in open_checkpoint(path).shapes.values()
+    )
+
+
+def identity(files: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Tell files apart from what they were before: real path, size and time of change.
+
+    Raises:
+        CheckpointError: one is missing, or is no model file.
+    """
+    from ..flux_core.weights.files import open_checkpoint
+
+    parts = [part.resolve() for path in files for part in open_checkpoint(path).files]
+    return tuple((str(part), part.stat().st_size, part.stat().st_mtime_ns) for part in parts)

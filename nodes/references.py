@@ -1,0 +1,80 @@
+"""Text, references and guidance: what every step sees beside the noisy tokens."""
+
+from comfy_api.latest import io
+from typing_extensions import override
+
+from ..flux_core.families import Placement, reference_rule
+from ..flux_core.tokens.references import place_references
+from ..flux_core.values import Conditioning, TextFeatures, Tokens
+from .sockets import ConditioningSocket, TextSocket, TokensSocket
+
+_MAX_REFERENCES = 100  # ComfyUI's own limit for inputs that grow
+_NAMES = [f"reference_{number}" for number in range(1, _MAX_REFERENCES + 1)]
+
+
+class ReferenceConditioner(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxReferenceConditioner",
+            display_name="Reference Conditioner (FLUX)",
+            category="FLUX Glassbox/conditioning",
+            description="Put text, reference pictures and guidance together. References are seen "
+            "by every step and changed by none. Without one it is text to image.",
+            search_aliases=["reference latent", "kontext", "flux guidance", "multi reference"],
+            inputs=[
+                TextSocket.Input("text", tooltip="From Encode Text."),
+                io.Float.Input(
+                    "guidance",
+                    default=2.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Strength of the text, 0 to 100, read by guidance-distilled models; "
+                    "Kontext 2.5, nano 1. FLUX.1 [schnell] ignores it.",
+                ),
+                io.Combo.Input(
+                    "placement",
+                    options=["offset", "index", "single", "as wired"],
+                    tooltip="Places of the references. single: one, as Kontext was trained. "
+                    "offset: side by side on one canvas; index: one layer each; both are "
+                    "ComfyUI's, no model was trained with them. as wired: what Position Ids set.",
+                ),
+                io.Autogrow.Input(
+                    "references",
+                    template=io.Autogrow.TemplateNames(
+                        TokensSocket.Input(
+                            "reference", tooltip="From Encode and Pack or Position Ids."
+                        ),
+                        names=_NAMES,
+                        min=0,
+                    ),
+                    tooltip=f"0 to {_MAX_REFERENCES} pictures, in this order.",
+                ),
+            ],
+            outputs=[ConditioningSocket.Output("conditioning")],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls,
+        text: TextSocket.Type,
+        guidance: float,
+        placement: Placement,
+        references: io.Autogrow.Type | None = None,
+    ) -> io.NodeOutput:
+        wired = references or {}
+        ordered = [wired[name] for name in _NAMES if wired.get(name) is not None]
+        return io.NodeOutput(_condition(text, ordered, placement, guidance))
+
+
+def _condition(
+    text: TextFeatures, references: list[Tokens], placement: Placement, guidance: float
+) -> Conditioning:
+    placed: tuple[Tokens, ...] = ()
+    if references:
+        rule = reference_rule(references[0].latent)
+        placed = place_references(references, placement, rule)
+    return Conditioning(text=text, references=placed, guidance=guidance)

@@ -1,0 +1,251 @@
+"""Noise, noise levels, and the samplers."""
+
+from comfy_api.latest import io
+from typing_extensions import override
+
+from ..flux_core.checks import check_latent
+from ..flux_core.sampling.guidance import Passes, TrueCFG
+from ..flux_core.sampling.noise import MAX_SEED, make_noise
+from ..flux_core.sampling.sigmas import SigmaKind, make_sigmas
+from ..flux_core.sampling.solver import SOLVERS, SolverName
+from . import host
+from .sockets import ConditioningSocket, ModelSocket, TokensSocket
+
+_CATEGORY = "FLUX Glassbox/sampling"
+
+
+def _side_input(name: str) -> io.Int.Input:
+    return io.Int.Input(
+        name,
+        default=1024,
+        min=16,
+        max=host.MAX_SIDE_PX,
+        step=16,
+        tooltip="Of the picture to make, in pixels, a multiple of 16. Wire Fit Image's to it.",
+    )
+
+
+def _solver_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "solver",
+        options=list(SOLVERS),
+        tooltip="euler: one pass a step, what FLUX was published with. heun: second order, two "
+        "passes a step.",
+    )
+
+
+class Noise(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxNoise",
+            display_name="Noise (FLUX)",
+            category=_CATEGORY,
+            description="Draw the noise the picture is made from, as tokens at the target's "
+            "places. A seed gives the same noise on every machine, and ComfyUI's own.",
+            search_aliases=["random noise", "empty latent", "seed", "size"],
+            inputs=[
+                ModelSocket.Input("model", tooltip="The model that will sample."),
+                _side_input("width"),
+                _side_input("height"),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="0 to 2^64 - 1.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    tooltip="Pictures made at once, 1 to 4096; memory decides.",
+                ),
+            ],
+            outputs=[TokensSocket.Output("noise")],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls, model: ModelSocket.Type, width: int, height: int, seed: int, batch_size: int
+    ) -> io.NodeOutput:
+        return io.NodeOutput(make_noise(model.family.latent, height, width, seed, batch_size))
+
+
+class Schedule(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxSchedule",
+            display_name="Schedule (FLUX)",
+            category=_CATEGORY,
+            description="Choose the noise level of every step. The flux schedule depends on the "
+            "size of the picture, never on text or references.",
+            search_aliases=["flux scheduler", "sigmas", "steps", "karras", "shift"],
+            inputs=[
+                ModelSocket.Input("model", tooltip="The model that will sample."),
+                TokensSocket.Input("noise", tooltip="From Noise: its token count sets the shift."),
+                io.Int.Input(
+                    "steps",
+                    default=28,
+                    min=1,
+                    max=1000,
+                    tooltip="1 to 1000. Kontext 28, schnell 4, nano 8.",
+                ),
+                io.Combo.Input(
+                    "kind",
+                    options=["flux", "linear", "karras", "exponential", "by hand"],
+                    tooltip="flux: the model's own. linear: evenly spaced. karras, exponential: "
+                    "other curves between the same ends. by hand: the numbers below.",
+                ),
+                io.String.Input(
+                    "sigmas",
+                    default="",
+                    advanced=True,
+                    placeholder="1.0, 0.75, 0.5, 0.25, 0",
+                    tooltip="For kind by hand: numbers falling from at most 1 to 0; steps is not "
+                    "read then.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output("sigmas")],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls,
+        model: ModelSocket.Type,
+        noise: TokensSocket.Type,
+        steps: int,
+        kind: SigmaKind,
+        sigmas: str,
+    ) -> io.NodeOutput:
+        check_latent(noise.latent, model.family.latent, "noise")
+        count = noise.ids.shape[0]
+        return io.NodeOutput(
+            make_sigmas(model.family.schedule, count, steps, kind=kind, by_hand=sigmas)
+        )
+
+
+class SampleGuided(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxSampleGuided",
+            display_name="Sample Guided (FLUX)",
+            category=_CATEGORY,
+            description="Follow the model from noise to picture, one pass a step, with the "
+            "guidance the model was distilled with.",
+            search_aliases=["ksampler", "flux sampler", "denoise", "basic guider"],
+            inputs=[
+                ModelSocket.Input("model", tooltip="From a loader."),
+                ConditioningSocket.Input("conditioning", tooltip="From Reference Conditioner."),
+                TokensSocket.Input("noise", tooltip="From Noise."),
+                io.Sigmas.Input(
+                    "sigmas", tooltip="From Schedule: falling from at most 1 to 0, one a step."
+                ),
+                _solver_input(),
+            ],
+            outputs=[TokensSocket.Output("tokens")],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls,
+        model: ModelSocket.Type,
+        conditioning: ConditioningSocket.Type,
+        noise: TokensSocket.Type,
+        sigmas: io.Sigmas.Type,
+        solver: SolverName,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(model.sample(conditioning, noise, sigmas, solver))
+
+
+class SampleTrueCFG(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxSampleTrueCFG",
+            display_name="Sample True CFG (FLUX)",
+            category=_CATEGORY,
+            description="Sample with a negative prompt: two passes a step, and away from the "
+            "negative one. Steps outside the window run the positive pass alone.",
+            search_aliases=[
+                "cfg guider",
+                "negative prompt",
+                "ksampler",
+                "classifier-free guidance",
+            ],
+            inputs=[
+                ModelSocket.Input("model", tooltip="From a loader."),
+                ConditioningSocket.Input("positive", tooltip="What to make."),
+                ConditioningSocket.Input(
+                    "negative", tooltip="What to move away from, with the same references."
+                ),
+                TokensSocket.Input("noise", tooltip="From Noise."),
+                io.Sigmas.Input(
+                    "sigmas", tooltip="From Schedule: falling from at most 1 to 0, one a step."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=4.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Scale, 0 to 100; 1 or less runs the positive pass alone.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="First step with two passes, as a fraction of the steps, 0 to 1.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="First step without them again, as a fraction of the steps, 0 to 1.",
+                ),
+                io.Combo.Input(
+                    "passes",
+                    options=["batched", "in turn"],
+                    advanced=True,
+                    tooltip="batched: both in one batch. in turn: one after the other, with half "
+                    "the memory; the two may then differ in length and references.",
+                ),
+                _solver_input(),
+            ],
+            outputs=[TokensSocket.Output("tokens")],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls,
+        model: ModelSocket.Type,
+        positive: ConditioningSocket.Type,
+        negative: ConditioningSocket.Type,
+        noise: TokensSocket.Type,
+        sigmas: io.Sigmas.Type,
+        cfg: float,
+        start: float,
+        end: float,
+        passes: Passes,
+        solver: SolverName,
+    ) -> io.NodeOutput:
+        settings = TrueCFG(negative=negative, scale=cfg, start=start, end=end, passes=passes)
+        return io.NodeOutput(model.sample(positive, noise, sigmas, solver, settings))

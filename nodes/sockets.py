@@ -1,0 +1,55 @@
+"""The sockets this pack owns: each carries one value of `flux_core`, or a handle on a model."""
+
+from comfy_api.latest import io
+
+from ..flux_core import values
+from . import handles
+
+
+@io.comfytype(io_type="GLASSBOX_MODEL")
+class ModelSocket(io.ComfyTypeIO):
+    """A transformer, and what ComfyUI needs to move it."""
+
+    Type = handles.ModelHandle
+
+
+@io.comfytype(io_type="GLASSBOX_TEXT_ENCODERS")
+class TextEncodersSocket(io.ComfyTypeIO):
+    """The text encoders, and what ComfyUI needs to move them."""
+
+    Type = handles.TextEncodersHandle
+
+
+@io.comfytype(io_type="GLASSBOX_AUTOENCODER")
+class AutoencoderSocket(io.ComfyTypeIO):
+    """An autoencoder, and what ComfyUI needs to move it."""
+
+    Type = handles.AutoencoderHandle
+
+
+@io.comfytype(io_type="GLASSBOX_TEXT")
+class TextSocket(io.ComfyTypeIO):
+    """An encoded prompt."""
+
+    Type = values.TextFeatures
+
+
+@io.comfytype(io_type="GLASSBOX_TOKENS")
+class TokensSocket(io.ComfyTypeIO):
+    """A picture, or noise, as tokens with their places."""
+
+    Type = values.Tokens
+
+
+@io.comfytype(io_type="GLASSBOX_CONDITIONING")
+class ConditioningSocket(io.ComfyTypeIO):
+    """Text, placed references and guidance: what every step sees."""
+
+    Type = values.Conditioning
+
+
+@io.comfytype(io_type="GLASSBOX_FIT")
+class FitSocket(io.ComfyTypeIO):
+    """How a picture was made to fit, enough to undo it."""
+
+    Type = values.Fit

@@ -1,0 +1,143 @@
+"""Tokens: their places, ComfyUI's latents, and a look at the whole sequence."""
+
+from comfy_api.latest import io
+from typing_extensions import override
+
+from ..flux_core.checks import check_finite
+from ..flux_core.families import LATENTS
+from ..flux_core.tokens.ids import place
+from ..flux_core.tokens.inspect import describe_sequence, sequence_report
+from ..flux_core.tokens.pack import latent_tokens, tokens_latent
+from . import host
+from .sockets import ConditioningSocket, TokensSocket
+
+_CATEGORY = "FLUX Glassbox/tokens"
+_PLACE = {"min": -4096.0, "max": 4096.0, "step": 1.0, "round": 0.001}
+
+
+class PositionIds(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxPositionIds",
+            display_name="Position Ids (FLUX)",
+            category=_CATEGORY,
+            description="Give every token of a picture its place: which picture it belongs to, "
+            "its row and its column. Reference Conditioner keeps them with placement 'as wired'.",
+            search_aliases=["rope ids", "img_ids", "place reference", "offset"],
+            inputs=[
+                TokensSocket.Input("tokens", tooltip="From Encode and Pack."),
+                io.Float.Input(
+                    "index",
+                    default=1.0,
+                    tooltip="Which picture, -4096 to 4096: 0 is the one being made, Kontext's "
+                    "reference is 1.",
+                    **_PLACE,
+                ),
+                io.Float.Input(
+                    "row",
+                    default=0.0,
+                    tooltip="Row of the top left token, in tokens of 16 px, -4096 to 4096.",
+                    **_PLACE,
+                ),
+                io.Float.Input(
+                    "column",
+                    default=0.0,
+                    tooltip="Column of the top left token, in tokens of 16 px, -4096 to 4096.",
+                    **_PLACE,
+                ),
+            ],
+            outputs=[TokensSocket.Output("tokens")],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls, tokens: TokensSocket.Type, index: float, row: float, column: float
+    ) -> io.NodeOutput:
+        return io.NodeOutput(place(tokens, index=index, row=row, column=column))
+
+
+class PackLatent(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxPackLatent",
+            display_name="Pack Latent (FLUX)",
+            category=_CATEGORY,
+            description="Cut one of ComfyUI's latents into tokens, placed as a target. Every value "
+            "comes through unchanged.",
+            search_aliases=["latent to tokens", "patchify"],
+            inputs=[
+                io.Latent.Input(
+                    "latent",
+                    tooltip="Sides are multiples of 2 cells (16 px). Without a noise mask.",
+                ),
+                io.Combo.Input(
+                    "latent_format",
+                    options=list(LATENTS),
+                    tooltip="Whose autoencoder made it. FLUX.1: 16 channels, 8 px a cell.",
+                ),
+            ],
+            outputs=[TokensSocket.Output("tokens")],
+        )
+
+    @classmethod
+    @override
+    def execute(cls, latent: io.Latent.Type, latent_format: str) -> io.NodeOutput:
+        samples = host.latent_samples(latent)
+        check_finite(samples, "latent")
+        return io.NodeOutput(latent_tokens(samples, LATENTS[latent_format]))
+
+
+class UnpackLatent(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxUnpackLatent",
+            display_name="Unpack Latent (FLUX)",
+            category=_CATEGORY,
+            description="Lay tokens out as one of ComfyUI's latents. Every value comes through "
+            "unchanged; places are dropped, a latent has none.",
+            search_aliases=["tokens to latent", "unpatchify"],
+            inputs=[TokensSocket.Input("tokens", tooltip="From a sampler, or Encode and Pack.")],
+            outputs=[io.Latent.Output("latent")],
+        )
+
+    @classmethod
+    @override
+    def execute(cls, tokens: TokensSocket.Type) -> io.NodeOutput:
+        return io.NodeOutput({"samples": tokens_latent(tokens)})
+
+
+class InspectTokens(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxInspectTokens",
+            display_name="Inspect Tokens (FLUX)",
+            category=_CATEGORY,
+            description="Draw the sequence the model reads: text, target and every reference, with "
+            "their token counts and the range of their ids.",
+            search_aliases=["sequence", "debug tokens", "img_ids", "token count"],
+            is_output_node=True,
+            inputs=[
+                ConditioningSocket.Input("conditioning", tooltip="From Reference Conditioner."),
+                TokensSocket.Input(
+                    "noise", optional=True, tooltip="From Noise: adds the target to the sequence."
+                ),
+            ],
+            outputs=[io.String.Output("report", tooltip="The same as text, one line a segment.")],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls, conditioning: ConditioningSocket.Type, noise: TokensSocket.Type | None = None
+    ) -> io.NodeOutput:
+        sequence = describe_sequence(conditioning, noise)
+        return io.NodeOutput(sequence_report(sequence), ui={"glassbox_tokens": [sequence]})
