@@ -42,9 +42,9 @@ def make_noise(
         raise SettingError(f"The seed is {seed}.", "0 to 2**64 - 1.", "set seed in 'Noise (FLUX)'.")
     if height_px < 1 or width_px < 1 or height_px % spec.token_px or width_px % spec.token_px:
         raise ShapeError(
-            f"The size is {width_px}×{height_px}.",
+            f"The size is {width_px}x{height_px}.",
             f"multiples of {spec.token_px} px for {spec.name}, such as "
-            f"{_nearest(width_px, spec.token_px)}×{_nearest(height_px, spec.token_px)}.",
+            f"{_nearest(width_px, spec.token_px)}x{_nearest(height_px, spec.token_px)}.",
             "set width and height in 'Noise (FLUX)', or wire those of 'Fit Image (FLUX)' to it.",
         )
     shape = (batch, spec.channels, height_px // spec.downscale, width_px // spec.downscale)

@@ -7,6 +7,7 @@ Python floats and rounded to float32 once, so that a schedule is the same on eve
 import math
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -103,8 +104,8 @@ def shift_mu(schedule: ScheduleSpec, tokens: int) -> float:
 
     Source: black-forest-labs/flux@802fb47 src/flux/sampling.py get_lin_function.
     """
-    slope = (schedule.max_shift - schedule.base_shift) / (schedule.max_tokens - schedule.base_tokens)
-    return schedule.base_shift + slope * (tokens - schedule.base_tokens)
+    place = (tokens - schedule.base_tokens) / (schedule.max_tokens - schedule.base_tokens)
+    return schedule.base_shift + place * (schedule.max_shift - schedule.base_shift)
 
 
 def linear_sigmas(steps: int) -> Sigmas:
@@ -209,7 +210,7 @@ def check_sigmas(sigmas: Sigmas) -> Sigmas:
             "use 'Schedule (FLUX)'.",
         )
     checked = sigmas.detach().to(device="cpu", dtype=torch.float32)
-    values: list[float] = checked.tolist()
+    values = [float(sigma) for sigma in checked]
     if not all(math.isfinite(value) for value in values):
         raise _bad_sigmas("are not all finite", values)
     if values[0] > 1.0 or values[-1] < 0.0:
@@ -220,7 +221,7 @@ def check_sigmas(sigmas: Sigmas) -> Sigmas:
         )
     if values[-1] != 0.0:
         raise _bad_sigmas(f"end in {values[-1]:g}, not in 0, so noise would be left", values)
-    for index, (value, following) in enumerate(zip(values, values[1:], strict=False)):
+    for index, (value, following) in enumerate(pairwise(values)):
         if following >= value:
             raise _bad_sigmas(
                 f"do not fall at place {index + 2}: {following:g} after {value:g}", values

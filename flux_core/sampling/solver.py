@@ -42,11 +42,12 @@ def euler(velocity: Velocity, x: TokenValues, sigmas: Sigmas) -> Iterator[Step]:
     Source: black-forest-labs/flux@802fb47 src/flux/sampling.py denoise.
     """
     x = x.float()
-    levels: list[float] = sigmas.tolist()
+    levels = [float(sigma) for sigma in sigmas]
     steps = len(levels) - 1
     for index in range(steps):
         sigma, sigma_next = levels[index], levels[index + 1]
         slope = velocity(x, index).float()
+        x = x.to(slope.device)  # the first step takes it to the network
         denoised = x - sigma * slope
         x = x + (sigma_next - sigma) * slope
         yield Step(
@@ -76,11 +77,12 @@ def heun(velocity: Velocity, x: TokenValues, sigmas: Sigmas) -> Iterator[Step]:
     Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 1, with sigma as the time.
     """
     x = x.float()
-    levels: list[float] = sigmas.tolist()
+    levels = [float(sigma) for sigma in sigmas]
     steps = len(levels) - 1
     for index in range(steps):
         sigma, sigma_next = levels[index], levels[index + 1]
         slope = velocity(x, index).float()
+        x = x.to(slope.device)  # the first step takes it to the network
         denoised = x - sigma * slope
         there = x + (sigma_next - sigma) * slope
         if index + 1 < steps:

@@ -1,0 +1,198 @@
+"""The one way to sample: check what came in, plan, step, and hand back a picture's tokens."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import FamilyMismatchError, NonFiniteError, SettingError, ShapeError
+from ..types import Sigmas, TokenValues
+from ..values import Conditioning, Tokens
+from .guidance import Network, TrueCFG, guider
+from .sigmas import check_sigmas
+from .solver import SOLVERS, SolverName, Step
+
+_log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def denoise(
+    network: Network,
+    conditioning: Conditioning,
+    noise: Tokens,
+    sigmas: Sigmas,
+    *,
+    cfg: TrueCFG | None = None,
+    solver: SolverName = "euler",
+    start: Tokens | None = None,
+) -> Iterator[Step]:
+    """Make pictures from noise, one step for each `next`.
+
+    Everything is checked, and the model planned, when this is called; `finish` turns the last
+    step's x into tokens. References are part of the plan, so no step can change them.
+
+    Args:
+        network: the transformer.
+        conditioning: text, references, guidance (None: the family's default).
+        noise: (B, N, D) standard normal values, placed as the target.
+        sigmas: (S + 1,) falling from at most 1 to 0.
+        cfg: true CFG, or None for the guided way.
+        solver: "euler" or "heun".
+        start: a picture to begin from when sigmas[0] is below 1, (1 or B, N, D) unscaled; None
+            begins from an empty latent, as ComfyUI does.
+
+    Returns:
+        S steps, each done when it is asked for.
+
+    Raises:
+        FamilyMismatchError: parts of another family.
+        ShapeError: batches or sizes that do not go together.
+        NonFiniteError: NaN or infinity in an input.
+        SettingError: sigmas, solver or guidance that cannot be followed.
+
+    Source: black-forest-labs/flux@802fb47 src/flux/sampling.py denoise; begin as
+        Comfy-Org/ComfyUI@14b05228 comfy/model_sampling.py CONST.noise_scaling.
+    """
+    sigmas = check_sigmas(sigmas)
+    if solver not in SOLVERS:
+        raise SettingError(
+            f"The solver is {solver!r}.", " or ".join(SOLVERS) + ".", "choose one of them."
+        )
+    _check_latents(network, noise, start)
+    _check_finite(conditioning, noise, cfg, start)
+    for note in sampling_notes(network, conditioning, steps=len(sigmas) - 1, cfg=cfg):
+        _log.warning(note)
+    conditioning = _with_guidance(conditioning, network)
+    if cfg is not None:
+        cfg = replace(cfg, negative=_with_guidance(cfg.negative, network))
+    velocity = guider(network, conditioning, noise, sigmas, cfg).velocity
+    x = _begin(noise, float(sigmas[0]), start)
+    return torch.no_grad()(SOLVERS[solver])(velocity, x, sigmas)
+
+
+def finish(x: TokenValues, target: Tokens) -> Tokens:
+    """Turn a step's x into tokens the autoencoder's latent can be unpacked from.
+
+    Args:
+        x: (B, N, D) in the transformer's scale: the last step's `x`, or any step's `denoised`.
+        target: the noise the run began with.
+
+    Returns:
+        Tokens of a picture, unscaled, at the target's places, on x's device.
+
+    Raises:
+        NonFiniteError: the network computed NaN or infinity.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError(
+            "The model computed NaN or infinity.",
+            "finite values.",
+            "set dtype to bfloat16 or float32 in 'Load Model (FLUX)': float16 overflows on some "
+            "models and devices.",
+        )
+    return replace(target, values=x / target.latent.scale + target.latent.shift)
+
+
+def sampling_notes(
+    network: Network, conditioning: Conditioning, *, steps: int, cfg: TrueCFG | None = None
+) -> tuple[str, ...]:
+    """Say what a run will do that its settings may not lead one to expect."""
+    family, notes = network.family, list[str]()
+    guidance = conditioning.guidance
+    if not network.spec.has_guidance and guidance is not None:
+        notes.append(f"guidance {guidance:g} is ignored: {family.title} has no guidance input.")
+    if network.spec.has_guidance and guidance is None:
+        notes.append(f"guidance is {family.default_guidance:g}, the default of {family.title}.")
+    count, trained = len(conditioning.references), family.reference.trained_with
+    if count > trained:
+        notes.append(
+            f"{count} references are given; {family.title} was trained with "
+            f"{trained if trained else 'none'}."
+        )
+    if cfg is not None:
+        twice = len(cfg.window(steps))
+        if twice == 0:
+            why = "cfg is 1 or less" if cfg.scale <= 1.0 else "the window holds no step"
+            notes.append(f"the negative conditioning is not used: {why}.")
+        elif network.spec.has_guidance:
+            notes.append(
+                f"cfg {cfg.scale:g} runs {twice} of {steps} steps twice; {family.title} is "
+                "guidance-distilled and needs no negative."
+            )
+    return tuple(notes)
+
+
+def _begin(noise: Tokens, sigma: float, start: Tokens | None) -> TokenValues:
+    """Mix noise and picture as the flow has them at `sigma`, in the transformer's scale."""
+    x = sigma * noise.values.float()
+    if start is None or sigma == 1.0:
+        return x
+    picture = (start.values.float() - start.latent.shift) * start.latent.scale
+    return x + (1.0 - sigma) * picture.to(x.device)
+
+
+def _with_guidance(conditioning: Conditioning, network: Network) -> Conditioning:
+    if conditioning.guidance is None:
+        return replace(conditioning, guidance=network.family.default_guidance)
+    return conditioning
+
+
+def _check_latents(network: Network, noise: Tokens, start: Tokens | None) -> None:
+    """Refuse tokens of another latent, or a start that does not lie on the noise."""
+    wanted = network.family.latent
+    for name, tokens in (("noise", noise), ("start picture", start)):
+        if tokens is not None and tokens.latent != wanted:
+            raise FamilyMismatchError(
+                f"The {name} holds {tokens.latent.name} tokens.",
+                f"{wanted.name} tokens for {network.family.title}.",
+                "wire the same model to 'Noise (FLUX)', and encode pictures with its autoencoder.",
+            )
+    if start is None:
+        return
+    if start.grid != noise.grid:
+        raise ShapeError(
+            f"The start picture is {_px(start)}, the noise {_px(noise)}.",
+            "the same size.",
+            "set width and height in 'Noise (FLUX)' to those of 'Fit Image (FLUX)'.",
+        )
+    if start.values.shape[0] not in (1, noise.values.shape[0]):
+        raise ShapeError(
+            f"The start picture has a batch of {start.values.shape[0]}, the noise "
+            f"{noise.values.shape[0]}.",
+            "a batch of 1, or the same batch as the noise.",
+            "set batch_size in 'Noise (FLUX)'.",
+        )
+
+
+def _check_finite(
+    conditioning: Conditioning, noise: Tokens, cfg: TrueCFG | None, start: Tokens | None
+) -> None:
+    """Refuse NaN and infinity, and say which input holds them."""
+    inputs: list[tuple[str, Tensor | None]] = [("noise", noise.values)]
+    inputs.append(("start picture", None if start is None else start.values))
+    for side, one in (("positive", conditioning), ("negative", cfg.negative if cfg else None)):
+        if one is None:
+            continue
+        where = "" if cfg is None else f" of the {side} conditioning"
+        inputs += [(f"text{where}", one.text.txt), (f"pooled text{where}", one.text.pooled)]
+        inputs += [
+            (f"reference {number}{where}", tokens.values)
+            for number, tokens in enumerate(one.references, 1)
+        ]
+        if one.guidance is not None:
+            inputs.append((f"guidance{where}", torch.tensor(one.guidance)))
+    for name, tensor in inputs:
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(
+                f"The {name} holds NaN or infinity.",
+                "finite values.",
+                "look at the node that made it; a float16 encoder can overflow: load it as "
+                "bfloat16 or float32.",
+            )
+
+
+def _px(tokens: Tokens) -> str:
+    rows, columns = tokens.grid
+    return f"{columns * tokens.latent.token_px}x{rows * tokens.latent.token_px}"
