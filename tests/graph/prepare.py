@@ -69,7 +69,10 @@ def prepare_venv() -> Path:
     print("setup: installing the pinned packages into .venv (once, a few minutes)", flush=True)
     started = time.monotonic()
     if not _same_python(python):
-        _run([sys.executable, "-m", "venv", "--clear", str(VENV)], "make .venv (is venv installed?)")
+        _run(
+            [sys.executable, "-m", "venv", "--clear", str(VENV)],
+            "make .venv (is python3-venv there?)",
+        )
     install = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     _run([*install, "--quiet", "-r", str(REQUIREMENTS)], "install requirements-dev.txt")
     for old in VENV.glob("installed-*"):

@@ -1,9 +1,9 @@
 """Start, drive and stop a real ComfyUI that has this pack linked in.
 
-    with Comfy.start() as comfy:
-        name = comfy.upload(picture)
-        history = comfy.run(graph)
-        comfy.images(history)
+with Comfy.start() as comfy:
+    name = comfy.upload(picture)
+    history = comfy.run(graph)
+    comfy.images(history)
 """
 
 import contextlib
@@ -74,7 +74,9 @@ class Comfy:
         """
         with contextlib.ExitStack() as stack:
             if base is None:
-                scratch = tempfile.TemporaryDirectory(prefix="glassbox-", ignore_cleanup_errors=True)
+                scratch = tempfile.TemporaryDirectory(
+                    prefix="glassbox-", ignore_cleanup_errors=True
+                )
                 base = Path(stack.enter_context(scratch))
             stack.enter_context(_stopped_by_sigterm())
             comfy = cls._launch(base.resolve(), port or _free_port(), arguments)
