@@ -5,9 +5,10 @@ Opening reads headers only. Only safetensors are read: a pickled file can run co
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,14 @@ from .header import (
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _INDEX_ENDING = ".safetensors.index.json"
 _USUAL_STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers write
+
+
+class _Tensors(AbstractContextManager[object], Protocol):
+    """An open file, as the safetensors library gives it."""
+
+    def get_tensor(self, name: str, /) -> Tensor:
+        """Map one tensor into memory."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +75,9 @@ class Checkpoint:
             wanted.setdefault(self.places[key], []).append(key)
         for file, names in wanted.items():
             try:
-                with safe_open(str(file), framework="pt", device="cpu") as tensors:
-                    for name in names:
-                        yield name, cast(Tensor, tensors.get_tensor(name))
+                tensors = cast(_Tensors, safe_open(str(file), framework="pt", device="cpu"))
+                with tensors:
+                    yield from ((name, tensors.get_tensor(name)) for name in names)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"{file.name} could not be read after it was opened ({error}).",

@@ -1,0 +1,89 @@
+"""What else a file can be, by the names of its tensors, so that a refusal can say it.
+
+Source: ComfyUI 0.30.0 comfy/model_detection.py for the names of other transformers.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+_BF16 = "Choose the bfloat16 file of this model."
+_OTHER = "Choose a FLUX.1 file in this loader."
+_NATIVE = "Choose a FLUX.1 file here, or load this one with ComfyUI's own loader."
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of file that is not a plain FLUX.1 part."""
+
+    title: str
+    marks: tuple[str, ...]  # in some key, any one of them
+    fix: str
+
+
+QUANTISED = (
+    Kind("quantised to nvfp4", (".weight_scale_2",), _BF16),
+    Kind("quantised to scaled float8", ("scaled_fp8", ".scale_weight", ".weight_scale"), _BF16),
+    Kind("quantised by bitsandbytes (nf4 or int8)", (".absmax", ".quant_state", ".SCB"), _BF16),
+    Kind("quantised by SVDQuant or GPTQ", (".qweight", ".wscales"), _BF16),
+    Kind("quantised for ComfyUI", (".comfy_quant",), _BF16),
+)
+TRANSFORMERS = (
+    Kind("a LoRA", (".lora_A", ".lora_B", ".lora_down", ".lora_up", "_lora1.", ".lokr_"), _OTHER),
+    Kind("a FLUX.2 transformer", ("double_stream_modulation_img.",), _NATIVE),
+    Kind("a FLUX.3 transformer", ("early_stream_modulations.",), _NATIVE),
+    Kind("a Chroma transformer", ("distilled_guidance_layer.",), _NATIVE),
+    Kind("a HunyuanVideo transformer", ("txt_in.individual_token_refiner.",), _NATIVE),
+    Kind("a FLUX.1 ControlNet", ("controlnet_blocks.", "controlnet_x_embedder."), _NATIVE),
+    Kind("a FLUX.1 Redux adapter", ("redux_up.",), _NATIVE),
+    Kind("a Stable Diffusion 3 transformer", ("joint_blocks.0.",), _NATIVE),
+    Kind("a Qwen-Image transformer", ("transformer_blocks.0.img_mlp.",), _NATIVE),
+    Kind("a Stable Diffusion UNet", ("input_blocks.0.0.", "time_embedding.linear_1."), _NATIVE),
+)
+AUTOENCODERS = (
+    Kind(
+        "a FLUX.2 autoencoder",
+        ("bn.running_mean",),
+        "Choose the FLUX.1 autoencoder, ae.safetensors.",
+    ),
+    Kind(
+        "an autoencoder with quantisation layers, as Stable Diffusion 1 to XL have",
+        ("quant_conv.",),
+        "Choose the FLUX.1 autoencoder, ae.safetensors.",
+    ),
+)
+PARTS = (
+    Kind(
+        "an autoencoder",
+        ("encoder.down.0.", "encoder.down_blocks.0.", "decoder.up.0.", "decoder.mid_block."),
+        "Load it with 'Load Autoencoder (FLUX)'.",
+    ),
+    Kind(
+        "a T5 text encoder",
+        ("layer.0.SelfAttention.",),
+        "Load it with 'Load Text Encoders (FLUX)'.",
+    ),
+    Kind(
+        "a CLIP text encoder",
+        ("encoder.layers.0.self_attn.", "transformer.resblocks.0."),
+        "Load it with 'Load Text Encoders (FLUX)'.",
+    ),
+    Kind("a language model", ("layers.0.self_attn.", "layers.0.mlp.gate_proj."), _OTHER),
+    Kind(
+        "a transformer",
+        ("double_blocks.0.", "single_transformer_blocks.0."),
+        "Load it with 'Load Model (FLUX)'.",
+    ),
+)
+
+
+def identify(
+    keys: Iterable[str], metadata: Mapping[str, str], kinds: Iterable[Kind]
+) -> Kind | None:
+    """Find the first kind that some key, or the metadata of a quantised file, gives away."""
+    keys = tuple(keys)
+    for kind in kinds:
+        if any(mark in key for mark in kind.marks for key in keys):
+            return kind
+    if "_quantization_metadata" in metadata:
+        return QUANTISED[-1]
+    return None

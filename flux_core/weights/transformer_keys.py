@@ -1,0 +1,144 @@
+"""FLUX.1's transformer: published (BFL) names and diffusers' names.
+
+diffusers splits what BFL fuses (qkv, and qkv with the mlp in single blocks) and holds the halves
+of the last modulation the other way round.
+Source: black-forest-labs/flux@802fb47 src/flux/model.py; huggingface/diffusers 0.42.1
+scripts/convert_flux_to_diffusers.py, whose fixed sizes are read from shapes here.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, Recipe, count_numbers, find_prefix, lay_out
+
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.")
+_FINAL_MODULATION = "final_layer.adaLN_modulation.1"
+
+# Our module, diffusers' modules; each has a weight and a bias.
+_OUTER = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    _FINAL_MODULATION: ("norm_out.linear",),
+}
+_DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+_SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+}
+# Norms have one tensor: ours is called scale, theirs weight.
+_DOUBLE_NORMS = {
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+}
+_SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+
+
+def transformer_layout(keys: Iterable[str]) -> Layout | None:
+    """Sort out the keys of a file; None when they are not laid out like FLUX.1.
+
+    Raises:
+        CheckpointError: a block is missing between others.
+    """
+    keys = set(keys)
+    prefix = find_prefix(keys, PREFIXES, ("double_blocks.", "single_blocks."))
+    if prefix is not None:
+        return lay_out("BFL", prefix, keys, _published_recipes(keys, prefix))
+    prefix = find_prefix(keys, PREFIXES, ("single_transformer_blocks.",))
+    if prefix is None:
+        return None
+    double = count_numbers(keys, prefix + "transformer_blocks.")
+    single = count_numbers(keys, prefix + "single_transformer_blocks.")
+    recipes = {
+        ours: Recipe(
+            tuple(prefix + part for part in theirs),
+            "swap halves" if ours.startswith(_FINAL_MODULATION) else "none",
+        )
+        for ours, theirs in _tensor_names(double, single)
+    }
+    return lay_out("diffusers", prefix, keys, recipes, lambda key: _parts(recipes, key))
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename, split and swap our tensors into diffusers' layout; the inverse of the layout.
+
+    Args:
+        state: published names without a prefix, all tensors of one transformer.
+    """
+    hidden = state["img_in.weight"].shape[0]
+    double = count_numbers(state, "double_blocks.")
+    single = count_numbers(state, "single_blocks.")
+    theirs: dict[str, Tensor] = {}
+    for name, parts in _tensor_names(double, single):
+        if name not in state:
+            continue  # guidance_in of a model without guidance
+        tensor = state[name]
+        if name.startswith(_FINAL_MODULATION):
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        rows = [hidden] * (len(parts) - 1)  # q, k and v are as wide as the model
+        sizes = [*rows, tensor.shape[0] - sum(rows)]
+        theirs.update(zip(parts, torch.split(tensor, sizes), strict=True))
+    return theirs
+
+
+def _parts(recipes: Mapping[str, Recipe], key: str) -> tuple[str, ...]:
+    return recipes[key].parts if key in recipes else (key,)
+
+
+def _published_recipes(keys: Iterable[str], prefix: str) -> dict[str, Recipe]:
+    """Strip the prefix; ComfyUI's newer saves call the norms' `scale` `weight`."""
+    recipes: dict[str, Recipe] = {}
+    for key in keys:
+        if key.startswith(prefix):
+            ours = key[len(prefix) :]
+            if ours.endswith(("query_norm.weight", "key_norm.weight")):
+                ours = ours.removesuffix("weight") + "scale"
+            recipes.setdefault(ours, Recipe((key,)))
+    return recipes
+
+
+def _tensor_names(double: int, single: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield (our tensor, diffusers' tensors it is made of) for all of a model."""
+    for ours, theirs in _module_names(double, single):
+        for kind in ("weight", "bias"):
+            yield f"{ours}.{kind}", tuple(f"{part}.{kind}" for part in theirs)
+    for count, ours, theirs, norms in (
+        (double, "double_blocks", "transformer_blocks", _DOUBLE_NORMS),
+        (single, "single_blocks", "single_transformer_blocks", _SINGLE_NORMS),
+    ):
+        for i in range(count):
+            for name, norm in norms.items():
+                yield f"{ours}.{i}.{name}.scale", (f"{theirs}.{i}.{norm}.weight",)
+
+
+def _module_names(double: int, single: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield from _OUTER.items()
+    for count, ours, theirs, modules in (
+        (double, "double_blocks", "transformer_blocks", _DOUBLE),
+        (single, "single_blocks", "single_transformer_blocks", _SINGLE),
+    ):
+        for i in range(count):
+            for name, parts in modules.items():
+                yield f"{ours}.{i}.{name}", tuple(f"{theirs}.{i}.{part}" for part in parts)
