@@ -113,6 +113,7 @@ class EncodeAndPack(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**64 - 1,
+                    control_after_generate=False,  # else the browser would change it at each run
                     tooltip="0 to 2^64 - 1. Used by posterior sample only.",
                 ),
             ],
