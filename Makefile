@@ -29,11 +29,11 @@ setup:
 	@$(PYTHON) tests/graph/prepare.py
 
 edit: setup
-	@$(VENV)/python tests/graph/run_edit.py --image="$$GLASSBOX_IMAGE" \
+	@$(VENV)/python -m tests.graph.run_edit --image="$$GLASSBOX_IMAGE" \
 		--prompt="$$GLASSBOX_PROMPT" --comfyui="$(COMFYUI_ARGS)"
 
 serve: setup
-	@$(VENV)/python tests/graph/run_serve.py --port=$(PORT) --comfyui="$(COMFYUI_ARGS)"
+	@$(VENV)/python -m tests.graph.run_serve --port=$(PORT) --comfyui="$(COMFYUI_ARGS)"
 
 bench: setup
 	@$(VENV)/python tests/bench/run.py

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
-from server import ROOT, Comfy, ComfyError
+
+from .server import ROOT, Comfy, ComfyError
 
 WORKFLOW = ROOT / "workflows" / "api" / "01_nano_kontext_edit.json"
 PICTURES = ROOT / "workflows" / "input"
@@ -43,7 +44,7 @@ def main() -> int:
     print(ABOUT)
     try:
         graph = json.loads(settings.workflow.read_text())
-        picture = Path(settings.image) if settings.image else _named_picture(graph)
+        picture = Path(settings.image).expanduser() if settings.image else _named_picture(graph)
         note = fit_picture(graph, picture)
         if note:
             print(note)

@@ -7,7 +7,7 @@ import argparse
 import shutil
 import sys
 
-from server import ROOT, Comfy, ComfyError
+from .server import ROOT, Comfy, ComfyError
 
 
 def main() -> int:
