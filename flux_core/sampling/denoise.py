@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..errors import FamilyMismatchError, NonFiniteError, SettingError, ShapeError
+from ..checks import check_finite, check_latent
+from ..errors import NonFiniteError, SettingError, ShapeError
 from ..types import Sigmas, TokenValues
 from ..values import Conditioning, Tokens
 from .guidance import Network, TrueCFG, guider
@@ -141,16 +142,10 @@ def _with_guidance(conditioning: Conditioning, network: Network) -> Conditioning
 
 def _check_latents(network: Network, noise: Tokens, start: Tokens | None) -> None:
     """Refuse tokens of another latent, or a start that does not lie on the noise."""
-    wanted = network.family.latent
-    for name, tokens in (("noise", noise), ("start picture", start)):
-        if tokens is not None and tokens.latent != wanted:
-            raise FamilyMismatchError(
-                f"The {name} holds {tokens.latent.name} tokens.",
-                f"{wanted.name} tokens for {network.family.title}.",
-                "wire the same model to 'Noise (FLUX)', and encode pictures with its autoencoder.",
-            )
+    check_latent(noise.latent, network.family.latent, "noise")
     if start is None:
         return
+    check_latent(start.latent, network.family.latent, "start picture")
     if start.grid != noise.grid:
         raise ShapeError(
             f"The start picture is {_px(start)}, the noise {_px(noise)}.",
@@ -184,13 +179,8 @@ def _check_finite(
         if one.guidance is not None:
             inputs.append((f"guidance{where}", torch.tensor(one.guidance)))
     for name, tensor in inputs:
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(
-                f"The {name} holds NaN or infinity.",
-                "finite values.",
-                "look at the node that made it; a float16 encoder can overflow: load it as "
-                "bfloat16 or float32.",
-            )
+        if tensor is not None:
+            check_finite(tensor, name)
 
 
 def _px(tokens: Tokens) -> str:

@@ -162,8 +162,13 @@ def guider(
         return CFGInTurn(positive=first, negative=second, scale=cfg.scale, window=window)
     joined = join(cfg.negative, positive, batch=target.values.shape[0])
     twice = replace(target, values=torch.cat((target.values, target.values)))
-    both = network.plans([joined], twice, sigmas)[0]
-    alone = None if len(window) == steps else network.plans([positive], target, sigmas)[0]
+    if len(window) == steps:
+        both, alone = network.plans([joined], twice, sigmas)[0], None
+    elif _is_single(positive):  # fits any batch: one call, so the network is loaded once
+        both, alone = network.plans([joined, positive], twice, sigmas)
+    else:
+        both = network.plans([joined], twice, sigmas)[0]
+        alone = network.plans([positive], target, sigmas)[0]
     return CFGBatched(both=both, positive=alone, scale=cfg.scale, window=window)
 
 
@@ -241,6 +246,11 @@ def _stack(what: str, negative: Tensor, positive: Tensor, batch: int) -> Tensor:
             )
     halves = [one.expand(batch, *one.shape[1:]) for one in (negative, positive)]
     return torch.cat((halves[0], halves[1].to(halves[0])))
+
+
+def _is_single(conditioning: Conditioning) -> bool:
+    references = (tokens.values for tokens in conditioning.references)
+    return all(values.shape[0] == 1 for values in (conditioning.text.txt, *references))
 
 
 def _combine(positive: Tensor, negative: Tensor, scale: float) -> Tensor:

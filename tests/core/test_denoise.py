@@ -222,13 +222,13 @@ def test_a_start_below_sigma_one_mixes_the_noise_with_the_picture() -> None:
 @pytest.mark.parametrize(
     ("part", "name"),
     [
-        ("noise", "The noise holds"),
-        ("start", "The start picture holds"),
-        ("text", "The text holds"),
-        ("pooled", "The pooled text holds"),
-        ("reference", "The reference 2 holds"),
-        ("guidance", "The guidance holds"),
-        ("negative", "The reference 1 of the negative conditioning holds"),
+        ("noise", "The noise input holds"),
+        ("start", "The start picture input holds"),
+        ("text", "The text input holds"),
+        ("pooled", "The pooled text input holds"),
+        ("reference", "The reference 2 input holds"),
+        ("guidance", "The guidance input holds"),
+        ("negative", "The reference 1 of the negative conditioning input holds"),
     ],
 )
 def test_nan_is_refused_and_its_input_named(part: str, name: str) -> None:
@@ -262,9 +262,9 @@ def test_nan_made_by_the_network_is_reported_not_decoded() -> None:
 
 def test_parts_of_another_family_are_refused() -> None:
     other = replace(NOISE, latent=NANO_FLUX1_LATENT)
-    with pytest.raises(FamilyMismatchError, match=r"noise holds FLUX\.1 nano tokens"):
+    with pytest.raises(FamilyMismatchError, match=r"noise input holds FLUX\.1 nano tokens"):
         denoise(tiny(), conditioning(1), other, linear_sigmas(2))
-    with pytest.raises(FamilyMismatchError, match=r"start picture holds FLUX\.1 nano tokens"):
+    with pytest.raises(FamilyMismatchError, match=r"start picture input holds FLUX\.1 nano tokens"):
         denoise(tiny(), conditioning(1), NOISE, linear_sigmas(2), start=other)
     reference = replace(picture(1), latent=NANO_FLUX1_LATENT)
     with pytest.raises(FamilyMismatchError, match="Reference 1"):
