@@ -5,10 +5,15 @@ import { app } from "../../scripts/app.js";
 import { keepResult, keptResult } from "./results.js";
 import { countsView, sequenceView } from "./widgets.js";
 
-/** Node id → the key of its ui output, and the view that shows it. */
+/** Node id → the key of its ui output, the view that shows it, and the widgets it is about. */
 const SHOWN = {
-  GlassboxInspectTokens: { key: "glassbox_tokens", view: sequenceView },
-  GlassboxEncodeText: { key: "glassbox_text", view: countsView },
+  GlassboxInspectTokens: { key: "glassbox_tokens", view: sequenceView, of: [], fillsNode: true },
+  GlassboxEncodeText: {
+    key: "glassbox_text",
+    view: countsView,
+    of: ["prompt", "prompt_2", "t5_tokens"],
+    fillsNode: false,
+  },
 };
 
 /** @type {WeakMap<object, (values: unknown) => void>} what draws on which node */
@@ -31,7 +36,7 @@ function addView(node) {
   let height = show(undefined);
   const widget = node.addDOMWidget(shown.key, shown.key, element, {
     getMinHeight: () => height,
-    getMaxHeight: () => height,
+    ...(shown.fillsNode ? {} : { getMaxHeight: () => height }),
     hideOnZoom: false,
     hideInPanel: true, // the element exists once: the side panel would take it off the node
     serialize: false, // not for the prompt
@@ -40,11 +45,19 @@ function addView(node) {
 
   draws.set(node, (values) => {
     height = show(values);
-    element.style.setProperty("--comfy-widget-min-height", String(height));
+    element.style.minHeight = `${height}px`; // Nodes 2.0 sizes by the element itself
     const [width, needed] = node.computeSize();
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], needed)]);
     node.setDirtyCanvas(true, true);
   });
+  // What was read of the old text says nothing about the new one, and a cached run reports nothing.
+  for (const input of node.widgets.filter((/** @type {any} */ { name }) => shown.of.includes(name))) {
+    const callback = input.callback;
+    input.callback = function () {
+      draws.get(node)?.(undefined);
+      return callback?.apply(this, arguments);
+    };
+  }
 
   const onExecuted = node.onExecuted;
   node.onExecuted = function (/** @type {any} */ output) {

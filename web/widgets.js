@@ -40,7 +40,9 @@ export function countsView() {
     element.hidden = lines.length === 0;
     element.replaceChildren(
       ...lines.map(({ head, cut }) =>
-        tag("p", { class: cut ? "glassbox-cut" : "" }, head, ...(cut ? [" ", tag("del", {}, cut)] : [])),
+        cut
+          ? tag("p", { class: "glassbox-cut", tabindex: "0" }, `${head} `, tag("del", {}, cut))
+          : tag("p", {}, head),
       ),
     );
     return lines.reduce((height, line) => height + (line.cut ? 60 : 20), lines.length ? 12 : 0);
