@@ -1,0 +1,61 @@
+"""Small checkpoints for tests: a FLUX.1 transformer and an autoencoder with random weights."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from glassbox.flux_core.families import FLUX1_AUTOENCODER, FLUX1_DEV, FLUX1_SCHNELL
+from glassbox.flux_core.image.autoencoder import Autoencoder
+from glassbox.flux_core.transformer.flux1 import build_flux1
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+TINY_FLUX1 = replace(
+    FLUX1_DEV.transformer,
+    hidden=128,
+    double_blocks=2,
+    single_blocks=3,
+    context_width=48,
+    pooled_width=32,
+)
+TINY_SCHNELL = replace(TINY_FLUX1, has_guidance=False)
+TINY_AUTOENCODER = replace(FLUX1_AUTOENCODER, channels=32)
+
+
+def randomise(*modules: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Change every value, so that no swapped pair of tensors stays unseen; give the state."""
+    generator = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
+    for module in modules:
+        for key, tensor in module.state_dict().items():
+            tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
+            state[key] = tensor
+    return state
+
+
+def flux1_state(*, guidance: bool = True, seed: int = 0) -> dict[str, Tensor]:
+    family = FLUX1_DEV if guidance else FLUX1_SCHNELL
+    network = build_flux1(family, TINY_FLUX1 if guidance else TINY_SCHNELL)
+    return randomise(network.modulation, network.blocks, seed=seed)
+
+
+def autoencoder_state() -> dict[str, Tensor]:
+    return randomise(Autoencoder(TINY_AUTOENCODER))
+
+
+def write(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, str(path), metadata)
+    return path
+
+
+def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Bit for bit, names and types included."""
+    return one.keys() == other.keys() and all(
+        one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in one
+    )
