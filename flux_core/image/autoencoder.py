@@ -59,13 +59,12 @@ class _ResBlock(nn.Module):
         self.conv1 = build.conv(inputs, outputs, 3)
         self.norm2 = build.norm(outputs)
         self.conv2 = build.conv(outputs, outputs, 3)
-        if inputs != outputs:
-            self.nin_shortcut = build.conv(inputs, outputs, 1)
+        self.nin_shortcut = None if inputs == outputs else build.conv(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
 
 
 class _Attention(nn.Module):
@@ -117,13 +116,15 @@ class _Level(nn.Module):
         self.block = nn.ModuleList(
             _ResBlock(build, inputs if i == 0 else outputs, outputs) for i in range(blocks)
         )
+        self.downsample: _Downsample | None = None
+        self.upsample: _Upsample | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
             x = block(x)
-        if hasattr(self, "downsample"):
+        if self.downsample is not None:
             return self.downsample(x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+        return x if self.upsample is None else self.upsample(x)
 
 
 class _Middle(nn.Module):

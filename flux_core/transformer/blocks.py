@@ -107,8 +107,8 @@ class DoubleBlock(nn.Module):
         self,
         img: Tensor,
         txt: Tensor,
-        img_mod: tuple[Shift, Shift],
-        txt_mod: tuple[Shift, Shift],
+        img_mod: tuple[Shift, ...],
+        txt_mod: tuple[Shift, ...],
         rope: Rope,
     ) -> tuple[Tensor, Tensor]:
         """Update img (B, N, hidden) and txt (B, T, hidden); rope covers text, then image."""
@@ -140,9 +140,7 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, mod: Shift, rope: Rope, wanted: slice = slice(None)) -> Tensor:
         """Update x (B, L, hidden); the result holds the `wanted` tokens only."""
         projected = self.linear1(modulate(x, mod))
-        q, k, v = (
-            projected[..., : 3 * self.hidden].unflatten(-1, (3, self.heads, -1)).unbind(2)
-        )
+        q, k, v = projected[..., : 3 * self.hidden].unflatten(-1, (3, self.heads, -1)).unbind(2)
         q, k = self.norm(q, k, rope)
         attention = attend(q[:, wanted], k, v)
         inner = F.gelu(projected[:, wanted, 3 * self.hidden :], approximate="tanh")

@@ -9,8 +9,9 @@ first weight (published code multiplies by 1000 in the model's dtype).
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,8 @@ class Shift:
 class StepModulation:
     """Every shift, scale and gate of one step."""
 
-    img: tuple[tuple[Shift, Shift], ...]  # per double block: attention, mlp
-    txt: tuple[tuple[Shift, Shift], ...]
+    img: tuple[tuple[Shift, ...], ...]  # per double block: attention, mlp
+    txt: tuple[tuple[Shift, ...], ...]
     single: tuple[Shift, ...]
     final: Shift
 
@@ -81,17 +82,23 @@ class _DoubleModulation(nn.Module):
         self.img_mod = _Modulation(hidden, 6, operations, **where)
         self.txt_mod = _Modulation(hidden, 6, operations, **where)
 
+    def forward(self, activated: Tensor) -> tuple[tuple[Shift, ...], tuple[Shift, ...]]:
+        return self.img_mod(activated), self.txt_mod(activated)
+
 
 class _SingleModulation(nn.Module):
     def __init__(self, hidden: int, operations: Operations, **where: Any) -> None:
         super().__init__()
         self.modulation = _Modulation(hidden, 3, operations, **where)
 
+    def forward(self, activated: Tensor) -> Shift:
+        return self.modulation(activated)[0]
+
 
 class _FinalModulation(nn.Module):
     def __init__(self, hidden: int, operations: Operations, **where: Any) -> None:
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(  # noqa: N815 - a published key name
+        self.adaLN_modulation = nn.Sequential(  # a published key name
             nn.SiLU(), operations.Linear(hidden, 2 * hidden, bias=True, **where)
         )
 
@@ -143,9 +150,12 @@ class Flux1Modulation(nn.Module):
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
         vec = vec + self.vector_in(pooled)
         activated = F.silu(vec)
+        doubles = cast(Iterable[_DoubleModulation], self.double_blocks)
+        singles = cast(Iterable[_SingleModulation], self.single_blocks)
+        img, txt = zip(*(block(activated) for block in doubles), strict=True)
         return StepModulation(
-            img=tuple(block.img_mod(activated) for block in self.double_blocks),
-            txt=tuple(block.txt_mod(activated) for block in self.double_blocks),
-            single=tuple(block.modulation(activated)[0] for block in self.single_blocks),
+            img=img,
+            txt=txt,
+            single=tuple(block(activated) for block in singles),
             final=self.final_layer(vec),
         )

@@ -1,0 +1,89 @@
+"""Packing, ids and placement: permutations and small tables, checked bit for bit."""
+
+import pytest
+import torch
+
+from glassbox.flux_core.errors import SettingError, ShapeError
+from glassbox.flux_core.families import FLUX1_KONTEXT, FLUX1_LATENT
+from glassbox.flux_core.tokens.ids import image_ids, place, text_ids
+from glassbox.flux_core.tokens.pack import latent_tokens, pack_latent, tokens_latent
+from glassbox.flux_core.tokens.references import place_references
+
+SIDES_PX = [*range(64, 2049, 16)]
+
+
+@pytest.mark.parametrize("height_px", SIDES_PX[::12])
+@pytest.mark.parametrize("width_px", SIDES_PX[5::24])
+def test_unpacking_packed_tokens_gives_the_same_latent_bit_for_bit(height_px, width_px):
+    latent = torch.randn(2, 16, height_px // 8, width_px // 8)
+    tokens = latent_tokens(latent, FLUX1_LATENT)
+    assert tokens.values.shape == (2, height_px * width_px // 256, 64)
+    assert torch.equal(tokens_latent(tokens), latent)
+
+
+def test_packing_orders_channels_as_pixel_unshuffle_does():
+    latent = torch.randn(1, 16, 6, 10)
+    expected = torch.nn.functional.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2)
+    assert torch.equal(pack_latent(latent, FLUX1_LATENT), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 7, 8), (1, 4, 8, 8), (16, 8, 8), (1, 16, 0, 8)])
+def test_a_latent_that_cannot_be_packed_is_refused(shape):
+    with pytest.raises(ShapeError):
+        pack_latent(torch.zeros(shape), FLUX1_LATENT)
+
+
+def test_ids_count_rows_and_columns_from_their_corner():
+    ids = image_ids((2, 3), FLUX1_LATENT, index=1, row=4, column=0.5)
+    assert ids.dtype == torch.float32
+    assert ids.tolist() == [
+        [1, 4, 0.5], [1, 4, 1.5], [1, 4, 2.5], [1, 5, 0.5], [1, 5, 1.5], [1, 5, 2.5],
+    ]  # fmt: skip
+
+
+def test_text_sits_at_the_origin():
+    assert torch.equal(text_ids(5, FLUX1_LATENT), torch.zeros(5, 3))
+
+
+def _references(*grids):
+    return [latent_tokens(torch.randn(1, 16, 2 * r, 2 * c), FLUX1_LATENT) for r, c in grids]
+
+
+def _corners(tokens):
+    return [one.ids[0].tolist() for one in tokens]
+
+
+@pytest.mark.parametrize(
+    ("placement", "corners"),
+    [
+        ("offset", [[1, 0, 0], [1, 0, 6], [1, 9, 0]]),
+        ("index", [[1, 0, 0], [2, 0, 0], [3, 0, 0]]),
+    ],
+)
+def test_three_references_go_where_the_convention_says(placement, corners):
+    # ComfyUI's rule: the second would make 4+9 rows below, 6+2 columns beside: beside. The third
+    # 9+2 rows below, 8+4 columns beside: below.
+    grids = ((4, 6), (9, 2), (2, 4))
+    placed = place_references(_references(*grids), placement, FLUX1_KONTEXT.reference)
+    assert _corners(placed) == corners
+
+
+def test_wired_places_are_kept_and_values_are_never_touched():
+    references = [place(one, index=7, row=1, column=2) for one in _references((2, 2), (3, 1))]
+    for placement in ("as wired", "offset", "index"):
+        placed = place_references(references, placement, FLUX1_KONTEXT.reference)
+        assert all(a.values is b.values for a, b in zip(placed, references, strict=True))
+    kept = place_references(references, "as wired", FLUX1_KONTEXT.reference)
+    assert _corners(kept) == [[7, 1, 2], [7, 1, 2]]
+
+
+def test_the_published_rule_takes_one_reference():
+    one = place_references(_references((2, 3)), "single", FLUX1_KONTEXT.reference)
+    assert _corners(one) == [[1, 0, 0]]
+    with pytest.raises(SettingError, match="2 references"):
+        place_references(_references((2, 3), (2, 2)), "single", FLUX1_KONTEXT.reference)
+
+
+@pytest.mark.parametrize("placement", ["as wired", "offset", "index", "single"])
+def test_no_reference_is_text_to_image(placement):
+    assert place_references([], placement, FLUX1_KONTEXT.reference) == ()
