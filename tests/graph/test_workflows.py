@@ -1,0 +1,173 @@
+"""Every example workflow fits the nodes as they are, in both forms, and the nano ones run."""
+
+import io
+import re
+from typing import Any
+
+import pytest
+from glassbox.tests.graph.server import Comfy, comfyui_path
+from glassbox.tests.graph.workflows import (
+    FOLDER,
+    NAMES,
+    NANO_NAMES,
+    NOTES,
+    PICTURES,
+    api_form,
+    choices,
+    input_specs,
+    model_files,
+    required_inputs,
+    to_api,
+    ui_form,
+    upload_pictures,
+    widget_names,
+)
+from PIL import Image
+
+pytestmark = pytest.mark.graph
+Json = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def schemas(comfy: Comfy) -> Json:
+    upload_pictures(comfy)
+    return comfy.object_info()
+
+
+def test_every_workflow_has_both_forms() -> None:
+    assert [path.stem for path in sorted((FOLDER / "api").glob("*.json"))] == NAMES
+    assert len(NANO_NAMES) == 4
+    assert len(NAMES) == 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_forms_say_the_same(name: str, schemas: Json) -> None:
+    assert to_api(ui_form(name), schemas) == api_form(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_node_and_input_exists_and_every_required_one_is_given(
+    name: str, schemas: Json
+) -> None:
+    for node in api_form(name).values():
+        schema = schemas[node["class_type"]]
+        given = set(node["inputs"])
+        assert given <= set(input_specs(schema)), node["class_type"]
+        assert required_inputs(schema) <= given, node["class_type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_value_is_one_its_input_takes(name: str, schemas: Json) -> None:
+    files = model_files(ui_form(name))
+    shipped = {comfyui_path() / "input" / "example.png"}  # comes with every ComfyUI
+    pictures = {path.name for path in shipped | set(PICTURES) if path.is_file()}
+    for node in api_form(name).values():
+        specs = input_specs(schemas[node["class_type"]])
+        for key, value in node["inputs"].items():
+            if isinstance(value, list) or value in files:
+                continue
+            if node["class_type"] == "LoadImage":
+                assert value in pictures
+                continue
+            assert _is_legal(value, specs[key]), (node["class_type"], key, value)
+
+
+def _is_legal(value: Any, spec: list[Any]) -> bool:
+    offered = choices(spec)
+    if offered is not None:
+        return value in offered
+    if spec[0] == "STRING":
+        return isinstance(value, str)
+    low, high = spec[1].get("min", value), spec[1].get("max", value)
+    whole = spec[0] != "INT" or isinstance(value, int)
+    on_step = spec[0] != "INT" or (value - low) % spec[1].get("step", 1) == 0
+    return whole and on_step and low <= value <= high
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_joins_two_sockets_of_one_type(name: str, schemas: Json) -> None:
+    graph = api_form(name)
+    for node in graph.values():
+        specs = input_specs(schemas[node["class_type"]])
+        for key, value in node["inputs"].items():
+            if isinstance(value, list):
+                source = schemas[graph[value[0]]["class_type"]]
+                # An input that takes several types lists them with commas.
+                assert source["output"][value[1]] in specs[key][0].split(","), (name, key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_and_nodes_of_the_saved_form_name_each_other(name: str) -> None:
+    ui = ui_form(name)
+    nodes = {node["id"]: node for node in ui["nodes"]}
+    assert ui["version"] == 0.4
+    assert len(nodes) == len(ui["nodes"])
+    assert ui["last_node_id"] == max(nodes)
+    assert ui["last_link_id"] == max(link[0] for link in ui["links"])
+    for number, source, out_slot, target, in_slot, kind in ui["links"]:
+        output, slot = nodes[source]["outputs"][out_slot], nodes[target]["inputs"][in_slot]
+        assert number in output["links"]
+        assert slot["link"] == number
+        assert output["type"] == kind
+    ends = [slot.get("link") for node in ui["nodes"] for slot in node.get("inputs", [])]
+    assert sorted(end for end in ends if end is not None) == sorted(x[0] for x in ui["links"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_widget_has_its_saved_value_and_every_node_its_name(name: str, schemas: Json) -> None:
+    for node in ui_form(name)["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        assert node["properties"]["Node name for S&R"] == node["type"]
+        widgets = list(widget_names(schemas[node["type"]]))
+        assert len(node.get("widgets_values") or []) == len(widgets), node["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_seed_changes_by_itself(name: str, schemas: Json) -> None:
+    for node in ui_form(name)["nodes"]:
+        if node["type"] not in NOTES:
+            names = widget_names(schemas[node["type"]])
+            values = zip(names, node.get("widgets_values") or [], strict=True)
+            assert dict(values).get("control_after_generate", "fixed") == "fixed"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_keep_their_size_through_the_graph(name: str) -> None:
+    graph = api_form(name)
+    decode = next(n for n in graph.values() if n["class_type"] == "GlassboxUnpackAndDecode")
+    noise = next(n for n in graph.values() if n["class_type"] == "GlassboxNoise")
+    if "fit" in decode["inputs"]:
+        fit = decode["inputs"]["fit"][0]
+        assert noise["inputs"]["width"] == [fit, 2]
+        assert noise["inputs"]["height"] == [fit, 3]
+        assert graph[fit]["inputs"]["method"] in ("pad", "stretch")  # a crop would not come back
+
+
+def test_loaders_of_published_files_say_where_to_get_them() -> None:
+    loaders = [n for n in ui_form("03_kontext_edit")["nodes"] if "Load" in n["type"]]
+    folders = {"diffusion_models", "text_encoders", "vae"}
+    named = []
+    for node in loaders:
+        for model in node["properties"].get("models", []):
+            assert model["name"] in node["widgets_values"]
+            assert model["directory"] in folders
+            assert re.fullmatch(r"https://huggingface\.co/\S+/resolve/main/\S+", model["url"])
+            assert model["url"].endswith("/" + model["name"])
+            named.append(model["name"])
+    assert sorted(named) == [
+        "ae.safetensors",
+        "clip_l.safetensors",
+        "flux1-kontext-dev.safetensors",
+        "t5xxl_fp16.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("name", NANO_NAMES)
+def test_nano_workflows_run_and_give_a_picture_of_the_scene_size(name: str, comfy: Comfy) -> None:
+    upload_pictures(comfy)
+    pictures = comfy.images(comfy.run(api_form(name)))
+    assert len(pictures) == 1
+    with Image.open(io.BytesIO(pictures[0])) as picture:
+        assert picture.size == (96, 96)
+        assert len(set(picture.convert("RGB").getdata())) > 1
