@@ -111,19 +111,19 @@ class ModelHandle:
 
 
 class TextEncodersHandle:
-    """The text encoders, one patcher each."""
+    """The text encoders: one model to ComfyUI."""
 
     def __init__(self, encoders: "TextEncoders") -> None:
         devices = host.text_devices()
         self.encoders, self.report = encoders, encoders.report
-        patchers = [host.wrap(module, devices) for module in encoders.modules]
-        self._patchers, self.patcher = patchers, patchers[-1]
+        # In a list, because a patcher sets attributes that transformers' own models refuse.
+        self.patcher = patcher = host.wrap(nn.ModuleList(encoders.modules), devices)
         encoders.device = devices[0]
-        encoders.ready = lambda: host.bring_whole_leaves(patchers)
+        encoders.ready = lambda: host.bring_whole(patcher)
 
     def get_models(self) -> list[Any]:
-        """Name every patcher, so that ComfyUI keeps them for the prompt."""
-        return self._patchers
+        """Name the patcher, so that ComfyUI keeps it for the prompt."""
+        return [self.patcher]
 
     def encode(self, prompt: str, prompt_2: str, t5_tokens: int | None) -> TextFeatures:
         """Encode a prompt; `prompt_2` is T5's, the same when empty."""

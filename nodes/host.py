@@ -177,17 +177,16 @@ def bring(patchers: Sequence[Any], activations: int) -> torch.device:
     return patchers[0].load_device
 
 
-def bring_whole_leaves(patchers: Sequence[Any]) -> None:
-    """Load models with parameters that are not in ComfyUI's layers, such as T5's norms.
+def bring_whole(patcher: Any) -> None:
+    """Load a model with parameters outside ComfyUI's layers, such as T5's norms.
 
     ComfyUI leaves those behind when it loads a model in part; they are small, so they follow.
     """
-    device = bring(patchers, 0)
-    for patcher in patchers:
-        for module in patcher.model.modules():
-            if not hasattr(module, "comfy_cast_weights"):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(device)
+    device = bring([patcher], 0)
+    for module in patcher.model.modules():
+        if not hasattr(module, "comfy_cast_weights"):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(device)
 
 
 def send_away(patcher: Any) -> None:
