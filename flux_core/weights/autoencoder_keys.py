@@ -25,7 +25,7 @@ def autoencoder_layout(keys: Iterable[str]) -> Layout | None:
     Raises:
         CheckpointError: a level is missing between others.
     """
-    keys = set(keys)
+    keys = dict.fromkeys(keys)  # in the file's order
     prefix = find_prefix(keys, PREFIXES, ("encoder.down.", "decoder.up."))
     if prefix is not None:
         mine = [key for key in keys if key.startswith(prefix)]

@@ -62,7 +62,7 @@ def transformer_layout(keys: Iterable[str]) -> Layout | None:
     Raises:
         CheckpointError: a block is missing between others.
     """
-    keys = set(keys)
+    keys = dict.fromkeys(keys)  # in the file's order
     prefix = find_prefix(keys, PREFIXES, ("double_blocks.", "single_blocks."))
     if prefix is not None:
         return lay_out("BFL", prefix, keys, _published_recipes(keys, prefix))

@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
 from glassbox.flux_core.families import FLUX1_AUTOENCODER, FLUX1_DEV, FLUX1_SCHNELL
 from glassbox.flux_core.image.autoencoder import Autoencoder
 from glassbox.flux_core.transformer.flux1 import build_flux1
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 TINY_FLUX1 = replace(
     FLUX1_DEV.transformer,
@@ -24,12 +25,13 @@ TINY_AUTOENCODER = replace(FLUX1_AUTOENCODER, channels=32)
 
 
 def randomise(*modules: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Change every value, so that no swapped pair of tensors stays unseen; give the state."""
+    """Set every value, so that no swapped pair of tensors stays unseen; give the state."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
     for module in modules:
         for key, tensor in module.state_dict().items():
-            tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
+            centre = 1.0 if tensor.ndim == 1 and not key.endswith("bias") else 0.0
+            tensor.copy_(centre + 0.05 * torch.randn(tensor.shape, generator=generator))
             state[key] = tensor
     return state
 

@@ -1,0 +1,142 @@
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from glassbox.flux_core.errors import CheckpointError
+from glassbox.flux_core.weights import autoencoder_keys, transformer_keys
+from glassbox.flux_core.weights.layout import Layout, Recipe, count_numbers
+from glassbox.tests.core.checkpoints import autoencoder_state, flux1_state, prefixed, same
+
+Sort = Callable[[Mapping[str, Tensor]], Layout | None]
+
+
+def ours(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        key: recipe.make([state[part] for part in recipe.parts])
+        for key, recipe in layout.recipes.items()
+    }
+
+
+def sorted_out(sort: Sort, state: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
+    layout = sort(state)
+    assert layout is not None
+    assert layout.left == ()
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    made = ours(layout, state)
+    assert layout.shapes(shapes) == {key: tuple(tensor.shape) for key, tensor in made.items()}
+    return layout, made
+
+
+@pytest.mark.parametrize("prefix", transformer_keys.PREFIXES)
+@pytest.mark.parametrize("guidance", [True, False])
+def test_a_transformer_survives_both_layouts_bit_for_bit(prefix: str, guidance: bool) -> None:
+    state = flux1_state(guidance=guidance)
+    theirs = transformer_keys.to_diffusers(state)
+    assert not state.keys() & theirs.keys()
+    for given, name in ((state, "BFL"), (theirs, "diffusers")):
+        layout, made = sorted_out(transformer_keys.transformer_layout, prefixed(given, prefix))
+        assert (layout.name, layout.prefix, layout.others) == (name, prefix, 0)
+        assert same(made, state)
+
+
+@pytest.mark.parametrize("prefix", autoencoder_keys.PREFIXES)
+def test_an_autoencoder_survives_both_layouts_bit_for_bit(prefix: str) -> None:
+    state = autoencoder_state()
+    theirs = autoencoder_keys.to_diffusers(state)
+    assert theirs.keys() & state.keys() == {
+        f"{part}.{name}.{kind}"
+        for part in ("encoder", "decoder")
+        for name in ("conv_in", "conv_out")
+        for kind in ("weight", "bias")
+    }
+    for given, name in ((state, "BFL"), (theirs, "diffusers")):
+        layout, made = sorted_out(autoencoder_keys.autoencoder_layout, prefixed(given, prefix))
+        assert (layout.name, layout.prefix, layout.others) == (name, prefix, 0)
+        assert same(made, state)
+
+
+def test_the_last_modulations_halves_are_swapped() -> None:
+    state = flux1_state()
+    theirs = transformer_keys.to_diffusers(state)
+    shift, scale = state["final_layer.adaLN_modulation.1.weight"].chunk(2)
+    assert torch.equal(theirs["norm_out.linear.weight"], torch.cat((scale, shift)))
+
+
+def test_fused_rows_are_query_key_value_and_mlp() -> None:
+    state = flux1_state()
+    theirs = transformer_keys.to_diffusers(state)
+    rows = [f"single_transformer_blocks.1.{name}.bias" for name in ("attn.to_q", "attn.to_k")]
+    rows += [f"single_transformer_blocks.1.{name}.bias" for name in ("attn.to_v", "proj_mlp")]
+    stacked = torch.cat([theirs[name] for name in rows])
+    assert torch.equal(stacked, state["single_blocks.1.linear1.bias"])
+    added = [f"transformer_blocks.0.attn.add_{name}_proj.weight" for name in "qkv"]
+    stacked = torch.cat([theirs[name] for name in added])
+    assert torch.equal(stacked, state["double_blocks.0.txt_attn.qkv.weight"])
+
+
+def test_the_decoders_levels_run_the_other_way_in_diffusers() -> None:
+    state = autoencoder_state()
+    theirs = autoencoder_keys.to_diffusers(state)
+    name = "decoder.up_blocks.0.resnets.2.conv1.bias"
+    assert torch.equal(theirs[name], state["decoder.up.3.block.2.conv1.bias"])
+    assert theirs["decoder.mid_block.attentions.0.to_q.weight"].ndim == 2
+    assert "decoder.up_blocks.3.upsamplers.0.conv.weight" not in theirs
+
+
+def test_norms_that_comfyui_saved_as_weight_are_read() -> None:
+    state = flux1_state()
+    renamed = {key.replace("_norm.scale", "_norm.weight"): one for key, one in state.items()}
+    assert renamed.keys() != state.keys()
+    assert same(sorted_out(transformer_keys.transformer_layout, renamed)[1], state)
+
+
+def test_other_parts_of_a_whole_checkpoint_are_left_alone() -> None:
+    whole = prefixed(flux1_state(), "model.diffusion_model.")
+    whole |= prefixed(autoencoder_state(), "vae.") | {"text_encoders.t5.shared": torch.zeros(1)}
+    transformer = transformer_keys.transformer_layout(whole)
+    autoencoder = autoencoder_keys.autoencoder_layout(whole)
+    assert transformer is not None
+    assert autoencoder is not None
+    assert transformer.others == len(whole) - len(transformer.recipes)
+    assert same(ours(transformer, whole), flux1_state())
+    assert same(ours(autoencoder, whole), autoencoder_state())
+
+
+def test_a_part_that_is_missing_is_named_as_the_file_would() -> None:
+    state = prefixed(transformer_keys.to_diffusers(flux1_state()), "model.")
+    del state["model.transformer_blocks.1.attn.to_k.weight"]
+    del state["model.x_embedder.bias"]
+    layout = transformer_keys.transformer_layout(state)
+    assert layout is not None
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    lost = layout.missing("double_blocks.1.img_attn.qkv.weight", shapes)
+    assert lost == ["model.transformer_blocks.1.attn.to_k.weight"]
+    assert layout.missing("img_in.bias", shapes) == ["model.x_embedder.bias"]
+
+
+def test_keys_of_nothing_we_know_have_no_layout() -> None:
+    assert transformer_keys.transformer_layout(["decoder.up.0.block.0.conv1.weight", "a"]) is None
+    assert autoencoder_keys.autoencoder_layout(["double_blocks.0.img_attn.qkv.weight"]) is None
+
+
+def test_a_block_missing_between_others_is_named() -> None:
+    keys = [f"double_blocks.{i}.img_mod.lin.bias" for i in (0, 1, 3)]
+    with pytest.raises(CheckpointError, match=r"blocks\.2 is missing, while double_blocks\.3"):
+        count_numbers(keys, "double_blocks.")
+
+
+def test_an_absurd_block_number_costs_nothing() -> None:
+    with pytest.raises(CheckpointError, match="is missing"):
+        count_numbers(["double_blocks.0.a", "double_blocks.99999.a"], "double_blocks.")
+    assert (
+        count_numbers(["double_blocks.0.a", f"double_blocks.{'9' * 5000}.a"], "double_blocks.") == 1
+    )
+
+
+def test_parts_that_do_not_fit_one_another_are_refused() -> None:
+    recipe = Recipe(("q", "k", "v"))
+    with pytest.raises(CheckpointError, match=r"\(4, 3\) and \(4, 2\)"):
+        recipe.shape({"q": (4, 3), "k": (4, 2), "v": (4, 3)})
+    assert recipe.shape({"q": (4, 3), "k": (1, 3), "v": (4, 3)}) == (9, 3)
