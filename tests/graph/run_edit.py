@@ -59,6 +59,9 @@ def main() -> int:
     except (EditError, ComfyError) as error:
         print(f"make edit failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     for path in saved:
         print(f"edited   {path}")
     print(

@@ -79,7 +79,7 @@ class Comfy:
                 )
                 base = Path(stack.enter_context(scratch))
             stack.enter_context(_stopped_by_sigterm())
-            comfy = cls._launch(base.resolve(), port or _free_port(), arguments)
+            comfy = cls._launch(base.resolve(), _free_port(port or 0), arguments)
             stack.callback(comfy.stop)
             comfy._wait_until_up(timeout_s)
             yield comfy
@@ -295,9 +295,13 @@ def failure(history: Json) -> Json:
     return {}
 
 
-def _free_port() -> int:
+def _free_port(wanted: int) -> int:
+    """The wanted port if nobody listens there; any free one for 0."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise ComfyError(f"Port {wanted} is taken ({error.strerror}); give another.") from None
         return probe.getsockname()[1]
 
 
