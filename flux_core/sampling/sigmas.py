@@ -1,7 +1,7 @@
 """Noise levels: which sigma each step starts at, from noise (1) down to the picture (0).
 
-Every function returns steps + 1 values: the sigma of each step, then 0. All arithmetic is in
-Python floats and rounded to float32 once, so that a schedule is the same on every machine.
+Every function returns steps + 1 values: the sigma of each step, then 0. Made on the CPU with
+operations that round alike everywhere, so that a schedule is the same on every machine.
 """
 
 import math
@@ -73,7 +73,8 @@ def flux_sigmas(schedule: ScheduleSpec, tokens: int, steps: int) -> Sigmas:
         SettingError: steps or tokens out of range, or so many tokens that float32 cannot tell
             the shifted sigmas apart.
 
-    Source: black-forest-labs/flux@802fb47 src/flux/sampling.py get_schedule, time_shift.
+    Source: black-forest-labs/flux@802fb47 src/flux/sampling.py get_schedule, time_shift;
+        rounded as huggingface/diffusers@0.42.1 FlowMatchEulerDiscreteScheduler.
     """
     if tokens < 1:
         raise SettingError(
@@ -81,13 +82,11 @@ def flux_sigmas(schedule: ScheduleSpec, tokens: int, steps: int) -> Sigmas:
         )
     if not schedule.shifted:
         return linear_sigmas(steps)
-    _check_steps(steps)
     mu = shift_mu(schedule, tokens)
-    # t' = e^mu / (e^mu + 1/t - 1), written so that a large mu cannot overflow
-    shifted = [
-        1.0 / (1.0 + math.exp(-mu) * (steps / (steps - index) - 1.0)) for index in range(steps)
-    ]
-    sigmas = _as_sigmas(shifted)
+    even = linear_sigmas(steps)[:-1]
+    # float32 as in diffusers, bit for bit: embedded times 1000, a last bit shows in the picture
+    strength = torch.tensor(math.exp(min(mu, 88.0)), dtype=torch.float32)  # e^89 is infinite
+    sigmas = torch.cat((strength / (strength + (1.0 / even - 1.0)), torch.zeros(1)))
     if not _falls(sigmas):
         raise SettingError(
             f"The schedule's shift for {tokens} target tokens is mu {mu:.2f}, so {steps} steps "

@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
+
 from glassbox.flux_core.errors import (
     FamilyMismatchError,
     NonFiniteError,
@@ -29,7 +31,6 @@ from glassbox.flux_core.sampling.solver import Step
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.transformer.flux1 import build_flux1
 from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens
-from torch import Tensor
 
 TINY = TransformerSpec(
     hidden=32,

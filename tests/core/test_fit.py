@@ -5,6 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
 from glassbox.flux_core.errors import SettingError, ShapeError
 from glassbox.flux_core.image.fit import (
     PREFERRED_KONTEXT_SIZES,
@@ -14,8 +17,6 @@ from glassbox.flux_core.image.fit import (
     preferred_size,
     undo_fit,
 )
-from PIL import Image as PILImage
-from torch import Tensor
 
 METHODS = ["pad", "crop", "stretch"]
 

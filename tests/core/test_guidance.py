@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from glassbox.flux_core.errors import SettingError, ShapeError
 from glassbox.flux_core.families import FLUX1_KONTEXT, TransformerSpec
 from glassbox.flux_core.sampling.guidance import TrueCFG, guider, join
@@ -13,7 +15,6 @@ from glassbox.flux_core.sampling.sigmas import linear_sigmas
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.transformer.flux1 import build_flux1
 from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens
-from torch import Tensor
 
 TINY = TransformerSpec(
     hidden=32,

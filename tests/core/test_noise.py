@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+
 from glassbox.flux_core.errors import SettingError, ShapeError
 from glassbox.flux_core.families import FLUX1_LATENT
 from glassbox.flux_core.sampling.noise import make_noise

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from glassbox.flux_core.errors import ShapeError
 from glassbox.flux_core.image.pixels import to_image, to_pixels
 

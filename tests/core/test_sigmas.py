@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from glassbox.flux_core.errors import SettingError
 from glassbox.flux_core.families import FLUX1_DEV, FLUX1_SCHNELL
 from glassbox.flux_core.sampling.sigmas import (

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from glassbox.flux_core.sampling.sigmas import linear_sigmas, parse_sigmas
 from glassbox.flux_core.sampling.solver import SOLVERS, Step, euler, heun
-from torch import Tensor
 
 
 def curved(sigmas: Tensor):
