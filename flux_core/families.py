@@ -244,13 +244,13 @@ NANO_KONTEXT = FluxFamily(
         in_channels=64,
         out_channels=64,
         context_width=192,
-        pooled_width=96,
+        pooled_width=128,
         has_guidance=True,
         axes_dim=(16, 56, 56),
         theta=10_000.0,
     ),
     latent=NANO_FLUX1_LATENT,
-    text=TextSpec(clip_tokens=32, t5_tokens=32),
+    text=TextSpec(clip_tokens=20, t5_tokens=20),
     reference=_KONTEXT_REFERENCE,
     schedule=ScheduleSpec(),
     default_steps=8,
@@ -259,7 +259,7 @@ NANO_KONTEXT = FluxFamily(
     source="this project, flux_core/training/nano.py",
 )
 NANO_AUTOENCODER = AutoencoderSpec(
-    channels=32, channel_mult=(1, 2, 4, 4), res_blocks=1, norm_groups=4, latent=NANO_FLUX1_LATENT
+    channels=16, channel_mult=(1, 2, 4, 8), res_blocks=1, norm_groups=4, latent=NANO_FLUX1_LATENT
 )
 
 AUTOENCODERS = (FLUX1_AUTOENCODER, NANO_AUTOENCODER)
