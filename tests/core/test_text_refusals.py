@@ -1,0 +1,149 @@
+"""A text encoder file that is wrong is refused by its header, with words that help."""
+
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+
+from glassbox.flux_core.errors import CheckpointError, FamilyMismatchError
+from glassbox.flux_core.text.modules import CLIP_L, T5_XXL, ClipSpec, T5Spec
+from glassbox.flux_core.weights.files import Checkpoint
+from glassbox.tests.parity import text_samples as samples
+from glassbox.tests.parity.text_samples import Kit
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    return samples.make_kit(tmp_path_factory.mktemp("tokenizers"))
+
+
+@pytest.fixture
+def clip_file(kit: Kit, tmp_path: Path) -> Path:
+    return samples.save(kit.clip, tmp_path / "clip_l.safetensors", "text_model.")
+
+
+@pytest.fixture
+def t5_file(kit: Kit, tmp_path: Path) -> Path:
+    return samples.save(kit.t5, tmp_path / "t5xxl.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> NoReturn:
+        raise AssertionError("weights were read of a file that is refused")
+
+    monkeypatch.setattr(Checkpoint, "stream", read)
+
+
+def refuse(kit: Kit, error: type[Exception], match: str, *files: Path) -> None:
+    with pytest.raises(error, match=match) as caught:
+        kit.load(*files)
+    assert "Needed:" in str(caught.value)
+    assert "Fix:" in str(caught.value)
+
+
+OTHERS = (
+    ("double_blocks.0.img_attn.qkv.weight", "a FLUX diffusion model"),
+    ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "a FLUX diffusion model"),
+    ("transformer_blocks.0.attn.to_q.weight", "a diffusion transformer"),
+    ("decoder.mid.block_1.conv1.weight", "an autoencoder"),
+    ("decoder.mid_block.resnets.0.conv1.weight", "an autoencoder"),
+    ("transformer.resblocks.0.attn.in_proj_weight", "an OpenCLIP file"),
+    ("model.layers.0.self_attn.q_proj.weight", "a language model"),
+    ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "a LoRA"),
+    ("vision_model.embeddings.patch_embedding.weight", "an image encoder"),
+    ("something.else", "a file of 1 tensors that are no text encoder"),
+)
+
+
+@pytest.mark.parametrize(("key", "name"), OTHERS)
+def test_a_file_without_text_encoder_says_what_it_is(
+    kit: Kit, clip_file: Path, tmp_path: Path, key: str, name: str
+) -> None:
+    file = samples.save({key: torch.zeros(2, 2)}, tmp_path / "wrong.safetensors")
+    refuse(kit, CheckpointError, rf"wrong\.safetensors is {name}", clip_file, file)
+
+
+def test_text_encoders_of_other_models_are_named(
+    kit: Kit, clip_file: Path, t5_file: Path, tmp_path: Path
+) -> None:
+    clip_g = ClipSpec(width=1280, layers=32, ffn=5120, vocabulary=49408, positions=77)
+    file = samples.meta_file(clip_g.shapes(), tmp_path / "clip_g.safetensors", "text_model.")
+    refuse(kit, FamilyMismatchError, r"clip_g\.safetensors is CLIP-G", file, t5_file)
+    xl = T5Spec(width=2048, layers=24, ffn=5120, vocabulary=32128, heads=32, head_dim=64)
+    file = samples.meta_file(xl.shapes(), tmp_path / "t5_xl.safetensors", "encoder.")
+    refuse(kit, FamilyMismatchError, r"t5_xl\.safetensors is T5 XL", file, clip_file)
+    umt5 = xl.shapes() | {
+        f"block.{n}.layer.0.SelfAttention.relative_attention_bias.weight": (32, 32)
+        for n in range(24)
+    }
+    file = samples.meta_file(umt5, tmp_path / "umt5.safetensors", "encoder.")
+    refuse(kit, FamilyMismatchError, "is UMT5", file, clip_file)
+    old = {name.replace("wi_0", "wi"): shape for name, shape in xl.shapes().items()}
+    file = samples.meta_file(old, tmp_path / "t5_v1.safetensors", "encoder.")
+    refuse(kit, FamilyMismatchError, "first version", file, clip_file)
+
+
+def test_encoders_of_two_models_are_refused(kit: Kit, t5_file: Path, tmp_path: Path) -> None:
+    file = samples.meta_file(CLIP_L.shapes(), tmp_path / "clip_l_real.safetensors")
+    refuse(kit, FamilyMismatchError, "CLIP is 768 wide and T5 is 48 wide", file, t5_file)
+
+
+def test_a_wrong_number_of_encoders_is_refused(
+    kit: Kit, clip_file: Path, t5_file: Path, tmp_path: Path
+) -> None:
+    refuse(kit, CheckpointError, r"T5 is missing; given was clip_l\.safetensors", clip_file)
+    refuse(kit, CheckpointError, "CLIP-L is missing", t5_file)
+    other = samples.save(kit.clip, tmp_path / "other.safetensors")
+    refuse(kit, CheckpointError, r"2 CLIP-L encoders", clip_file, other)
+    refuse(kit, CheckpointError, r"2 T5 encoders", clip_file, t5_file, t5_file)
+    refuse(kit, CheckpointError, "given was nothing")
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(
+    kit: Kit, clip_file: Path, t5_file: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.safetensors"
+    less = dict(kit.clip)
+    del less["encoder.layers.1.mlp.fc2.bias"]
+    samples.save(less, bad)
+    refuse(kit, CheckpointError, r"1 of its tensors are missing.*layers\.1\.mlp\.fc2", bad, t5_file)
+    more = kit.clip | {"encoder.layers.1.mlp.fc3.bias": torch.zeros(3)}
+    samples.save(more, bad)
+    refuse(kit, CheckpointError, r"do not belong to it.*fc3", bad, t5_file)
+    stray = kit.t5 | {"adapter.weight": torch.zeros(3)}
+    samples.save(stray, bad)
+    refuse(kit, CheckpointError, r"beside its text encoder.*adapter", bad, clip_file)
+    wrong = kit.t5 | {"encoder.block.1.layer.0.SelfAttention.k.weight": torch.zeros(5, 48)}
+    samples.save(wrong, bad)
+    refuse(kit, CheckpointError, r"is 5 by 48, not 32 by 48", bad, clip_file)
+    del wrong["shared.weight"]
+    samples.save(wrong, bad)
+    refuse(kit, CheckpointError, r"'embed_tokens\.weight' is missing", bad, clip_file)
+
+
+def test_full_size_files_that_lost_their_last_layer_are_refused(
+    kit: Kit, clip_file: Path, tmp_path: Path
+) -> None:
+    """The depth is not read from a file of the published width: it is known."""
+    short = {k: s for k, s in CLIP_L.shapes().items() if not k.startswith("encoder.layers.11")}
+    clip = samples.meta_file(short, tmp_path / "clip_l.safetensors", "text_model.")
+    t5 = samples.meta_file(T5_XXL.shapes(), tmp_path / "t5xxl.safetensors", "encoder.")
+    refuse(kit, CheckpointError, "16 of its tensors are missing", clip, t5)
+
+
+def test_packed_weights_are_refused(kit: Kit, clip_file: Path, tmp_path: Path) -> None:
+    key = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    packed = kit.t5 | {key: kit.t5[key].to(torch.int8)}
+    file = samples.save(packed, tmp_path / "int8.safetensors")
+    refuse(kit, CheckpointError, "stores T5 as int8", clip_file, file)
+
+
+def test_a_file_cut_short_is_refused(kit: Kit, clip_file: Path, t5_file: Path) -> None:
+    t5_file.write_bytes(t5_file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError):
+        kit.load(clip_file, t5_file)
+    t5_file.unlink()
+    with pytest.raises(CheckpointError):
+        kit.load(clip_file, t5_file)
