@@ -6,7 +6,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from .files import Checkpoint
-from .kinds import PARTS, Kind, identify
+from .kinds import PARTS, QUANTISED, Kind, identify
 from .layout import Layout
 
 _ANOTHER_FILE = "Download the file again, or choose another in the loader."
@@ -37,6 +37,7 @@ def expect_layout(
     if kind is None and layout is None:
         kind = identify(keys, checkpoint.metadata, PARTS)
     if kind is not None:
+        needed += ", not quantised" if kind in QUANTISED else ""
         raise CheckpointError(f"{checkpoint.path.name} is {kind.title}.", f"{needed}.", kind.fix)
     if layout is None:
         first = ", ".join(sorted(keys)[:3])

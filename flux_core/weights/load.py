@@ -180,13 +180,14 @@ def _notes(checkpoint: Checkpoint, layout: Layout, target: torch.dtype) -> list[
     changed = Counter(
         checkpoint.dtypes[part] for one in layout.recipes.values() for part in one.parts
     )
+    total = changed.total()
     changed.pop(target, None)
     notes = [
-        f"{count} tensors converted from {dtype_name(dtype)} to {dtype_name(target)}"
+        f"converted from {dtype_name(dtype)} to {dtype_name(target)}: {count} of {total} tensors"
         for dtype, count in changed.most_common()
     ]
     if layout.others:
-        notes.append(f"{layout.others} tensors of other parts in the same file left alone")
+        notes.append(f"tensors of other parts in the same file, left alone: {layout.others}")
     return notes
 
 
