@@ -135,9 +135,13 @@ def _begin(noise: Tokens, sigma: float, start: Tokens | None) -> TokenValues:
 
 
 def _with_guidance(conditioning: Conditioning, network: Network) -> Conditioning:
-    if conditioning.guidance is None:
-        return replace(conditioning, guidance=network.family.default_guidance)
-    return conditioning
+    """Fill in the family's default; a network without the input gets none."""
+    guidance = conditioning.guidance
+    if not network.spec.has_guidance:
+        guidance = None
+    elif guidance is None:
+        guidance = network.family.default_guidance
+    return replace(conditioning, guidance=guidance)
 
 
 def _check_latents(network: Network, noise: Tokens, start: Tokens | None) -> None:

@@ -303,6 +303,12 @@ def test_guidance_on_a_family_without_it_is_said_to_be_ignored(caplog) -> None:
     assert torch.equal(last(denoise(network, without, NOISE, linear_sigmas(2))).x, ignored.x)
 
 
+def test_ignored_guidance_may_differ_between_the_two_passes() -> None:
+    network = tiny(FLUX1_SCHNELL, replace(TINY, has_guidance=False))
+    cfg = TrueCFG(negative=replace(conditioning(2), guidance=7.0), scale=2.0)
+    last(denoise(network, conditioning(1), NOISE, linear_sigmas(1), cfg=cfg))
+
+
 def test_no_guidance_means_the_familys_default_and_a_note() -> None:
     network, without = tiny(), replace(conditioning(1), guidance=None)
     assert sampling_notes(network, without, steps=4) == (
