@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from glassbox.flux_core.families import (
     FLUX1_AUTOENCODER,
     FLUX1_DEV,

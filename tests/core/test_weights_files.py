@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from glassbox.flux_core.errors import CheckpointError
 from glassbox.flux_core.weights.files import open_checkpoint
 from glassbox.tests.core.checkpoints import same, write
-from safetensors.torch import save_file
-from torch import Tensor
 
 
 def some_tensors() -> dict[str, Tensor]:
@@ -269,10 +270,10 @@ def test_a_malformed_header_is_refused(
 def test_a_header_that_claims_to_be_huge_is_refused_at_once(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes((2**60).to_bytes(8, "little") + b"{" + bytes(100))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         open_checkpoint(file)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_key_that_is_not_there_is_refused(tmp_path: Path) -> None:

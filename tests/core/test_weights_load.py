@@ -322,7 +322,7 @@ def test_a_full_size_file_is_refused_within_a_second_and_without_reading_it(
     monkeypatch.setattr(Checkpoint, "stream", never)
     monkeypatch.setattr(Checkpoint, "read", never)
     assert len(open_checkpoint(path).shapes) == 779
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=r"1 is missing \(double_blocks\.7\.img_mlp\.2"):
         load_flux1(path)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
