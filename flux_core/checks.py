@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .errors import FamilyMismatchError, NonFiniteError
+from .errors import FamilyMismatchError, NonFiniteError, ShapeError
 from .families import LatentSpec
 
 
@@ -34,4 +34,18 @@ def check_latent(found: LatentSpec, needed: LatentSpec, name: str) -> None:
             f"The {name} input holds {found.name} tokens.",
             f"{needed.name} tokens.",
             "use the model, the autoencoder and the latent format of one family.",
+        )
+
+
+def check_sides(height_px: int, width_px: int, spec: LatentSpec) -> None:
+    """Refuse a picture that does not divide into tokens.
+
+    Raises:
+        ShapeError: a side is no multiple of spec.token_px.
+    """
+    if height_px % spec.token_px or width_px % spec.token_px:
+        raise ShapeError(
+            f"The picture is {width_px}x{height_px}.",
+            f"sides that are multiples of {spec.token_px} px.",
+            "put 'Fit Image (FLUX)' before it.",
         )

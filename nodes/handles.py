@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..flux_core import memory
-from ..flux_core.checks import check_latent
+from ..flux_core.checks import check_latent, check_sides
 from ..flux_core.families import LatentSpec
-from ..flux_core.image.pixels import to_image, to_pixels
+from ..flux_core.image.pixels import check_image, to_image, to_pixels
 from ..flux_core.sampling.denoise import denoise, finish, sampling_notes
 from ..flux_core.sampling.guidance import TrueCFG
 from ..flux_core.sampling.solver import SolverName
@@ -155,14 +155,15 @@ class AutoencoderHandle:
             ShapeError: channels or sides do not fit.
             MemoryLimitError: one picture takes more memory than there is.
         """
-        pixels = to_pixels(image)
+        check_image(image)
         height, width = image.shape[1:3]
+        check_sides(height, width, self.latent)
         self._make_room(memory.encode_bytes, "Encoding", height, width)
         latents = [
-            host.to_outputs(self.autoencoder.encode(self._here(one), generator=generator).float())
-            for one in pixels.split(1)
+            self.autoencoder.encode(self._here(to_pixels(one)), generator=generator)
+            for one in image.split(1)
         ]
-        return torch.cat(latents)
+        return host.to_outputs(torch.cat(latents).float())
 
     def decode(self, latent: Latent, spec: LatentSpec) -> Image:
         """Decode latents to pictures (B, H, W, 3).

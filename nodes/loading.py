@@ -6,6 +6,7 @@ a model is first loaded.
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -99,13 +100,17 @@ def load_nano() -> tuple[ModelHandle, TextEncodersHandle, AutoencoderHandle]:
     )
 
 
-def fingerprint(folder: str, *names: str) -> object:
-    """Tell whether files changed, for ComfyUI's cache; a missing one says so when it is loaded."""
+def fingerprint(folder: str, *names: str) -> str:
+    """Tell whether files changed, for ComfyUI's cache; a missing one says so when it is loaded.
+
+    A digest, because ComfyUI writes it into the pictures it saves, where no path belongs.
+    """
     listed = [name for name in names if name in host.model_names(folder)]
     try:
-        return names, identity([host.model_path(folder, name) for name in listed])
+        found = repr(identity([host.model_path(folder, name) for name in listed]))
     except CheckpointError as error:
-        return names, str(error)
+        found = str(error)
+    return sha256(found.encode()).hexdigest()
 
 
 def parameters_of(files: Sequence[Path]) -> int:

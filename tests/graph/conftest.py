@@ -1,0 +1,17 @@
+"""The shared ComfyUI with tiny models in its folders."""
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from glassbox.tests.graph.server import Comfy
+
+
+@pytest.fixture(scope="session")
+def tiny_comfy(comfy: "Comfy") -> "Comfy":
+    """ComfyUI with every tiny model to load."""
+    from glassbox.tests.graph import tiny
+
+    tiny.make_models(comfy.models_dir)
+    return comfy
