@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
 from glassbox.tests.graph import prepare
 
 FOLDER = str(prepare.ARCHIVE_FOLDER)

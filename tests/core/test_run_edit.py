@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glassbox.tests.graph import run_edit
 from PIL import Image
+
+from glassbox.tests.graph import run_edit
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from glassbox.tests.graph import run_edit
 from PIL import Image
+
+from glassbox.tests.graph import run_edit
 
 pytestmark = pytest.mark.graph
 
