@@ -142,7 +142,7 @@ def _read(kind: str, folder: Path, name: str) -> _Tokenizer:
         for file in folder.glob("*.json"):
             json.loads(file.read_bytes())  # the library's own error for this has no type
         return loader.from_pretrained(os.fspath(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"The tokenizer of {name} in {folder.name} could not be read ({error}).",
             "the tokenizer files that belong to the text encoder.",
