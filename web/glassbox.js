@@ -7,14 +7,24 @@ import { countsView, sequenceView } from "./widgets.js";
 
 /** Node id → the key of its ui output, the view that shows it, and the widgets it is about. */
 const SHOWN = {
-  GlassboxInspectTokens: { key: "glassbox_tokens", view: sequenceView, of: [], fillsNode: true },
+  GlassboxInspectTokens: {
+    key: "glassbox_tokens",
+    view: sequenceView,
+    of: [],
+    fillsNode: true,
+    width: 440,
+  },
   GlassboxEncodeText: {
     key: "glassbox_text",
     view: countsView,
     of: ["prompt", "prompt_2", "t5_tokens"],
     fillsNode: false,
+    width: 0,
   },
 };
+
+/** What the classic canvas leaves free above and below an element, in px together. */
+const MARGIN = 20;
 
 /** @type {WeakMap<object, (values: unknown) => void>} what draws on which node */
 const draws = new WeakMap();
@@ -22,6 +32,15 @@ const draws = new WeakMap();
 /** @param {any} node */
 function shownOn(node) {
   return SHOWN[/** @type {keyof SHOWN} */ (node.constructor?.comfyClass ?? node.type)];
+}
+
+/**
+ * Height of the widget on the classic canvas; a view with nothing to show takes none.
+ *
+ * @param {number} content height of the view, in px
+ */
+function room(content) {
+  return content ? content + MARGIN : 0;
 }
 
 /**
@@ -33,7 +52,7 @@ function addView(node) {
   const shown = shownOn(node);
   if (!shown) return;
   const { element, show } = shown.view();
-  let height = show(undefined);
+  let height = room(show(undefined));
   const widget = node.addDOMWidget(shown.key, shown.key, element, {
     getMinHeight: () => height,
     ...(shown.fillsNode ? {} : { getMaxHeight: () => height }),
@@ -42,15 +61,17 @@ function addView(node) {
     serialize: false, // not for the prompt
   });
   widget.serialize = false; // nor for the workflow, whose widget values are positional
+  node.setSize([Math.max(node.size[0], shown.width), node.size[1]]);
 
   draws.set(node, (values) => {
-    height = show(values);
-    element.style.minHeight = `${height}px`; // Nodes 2.0 sizes by the element itself
+    const content = show(values);
+    height = room(content);
+    element.style.minHeight = `${content}px`; // Nodes 2.0 goes by the element itself
     const [width, needed] = node.computeSize();
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], needed)]);
     node.setDirtyCanvas(true, true);
   });
-  // What was read of the old text says nothing about the new one, and a cached run reports nothing.
+  // What was read of the old text says nothing about the new one.
   for (const input of node.widgets.filter((/** @type {any} */ { name }) => shown.of.includes(name))) {
     const callback = input.callback;
     input.callback = function () {

@@ -54,7 +54,7 @@ export function layoutSequence(report) {
     count: String(segment.count),
     share: formatShare(segment.count / total),
     grid: segment.grid ? `${segment.grid[0]} × ${segment.grid[1]}` : "–",
-    ids: segment.ids.map(formatRange).join(", "),
+    ids: segment.ids.map(formatRange).join(", ") || "–",
   }));
   return { boxes, rows, total: String(report.total), summary: summarise(report) };
 }

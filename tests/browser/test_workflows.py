@@ -1,0 +1,57 @@
+"""Every example workflow opens in the browser as it was saved, and sends what its API form says."""
+
+import io
+import json
+from typing import Any
+
+import pytest
+from PIL import Image, ImageChops
+
+from glassbox.tests.browser.frontend import Frontend
+from glassbox.tests.graph.workflows import NAMES, api_form, ui_form
+
+pytestmark = pytest.mark.browser
+Json = dict[str, Any]
+_UNKNOWN = """() => window.app.graph.nodes.map((node) => node.type)
+    .filter((type) => !window.LiteGraph.registered_node_types[type])"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workflow_opens_as_saved_and_sends_what_its_api_form_says(
+    name: str, frontend: Frontend
+) -> None:
+    ui = ui_form(name)
+    frontend.load(ui, name)
+    assert frontend.page.evaluate(_UNKNOWN) == []
+    assert _kept(frontend.saved()) == _kept(ui)
+    assert frontend.api_form() == api_form(name)
+
+
+def test_editing_in_the_browser_gives_the_pixels_of_the_api(frontend: Frontend) -> None:
+    comfy, name = frontend.comfy, "01_nano_kontext_edit"
+    by_api = comfy.images(comfy.run(api_form(name)))[0]
+    comfy.free()  # forget the results: the browser's run has to compute its own
+    frontend.load(ui_form(name), name)
+    in_browser = comfy.images(comfy.wait(frontend.run()))[0]
+    with Image.open(io.BytesIO(by_api)) as one, Image.open(io.BytesIO(in_browser)) as other:
+        assert one.size == other.size
+        assert ImageChops.difference(one.convert("RGB"), other.convert("RGB")).getbbox() is None
+        saved = json.loads(other.info["workflow"])
+    assert _kept(saved) == _kept(ui_form(name))
+
+
+def _kept(ui: Json) -> Json:
+    """What a saved workflow means: without sizes, places and the order of its lists."""
+    nodes = {
+        node["id"]: {
+            "type": node["type"],
+            "title": node.get("title"),
+            "mode": node["mode"],
+            "properties": node["properties"],
+            "values": node.get("widgets_values") or [],
+            "inputs": {slot["name"]: slot.get("link") for slot in node.get("inputs", [])},
+            "outputs": [sorted(slot.get("links") or []) for slot in node.get("outputs", [])],
+        }
+        for node in ui["nodes"]
+    }
+    return {"nodes": nodes, "links": sorted(ui["links"]), "version": ui["version"]}
