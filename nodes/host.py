@@ -6,9 +6,8 @@
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import comfy
 import comfy.latent_formats
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -67,7 +66,7 @@ def model_path(folder: str, name: str) -> Path:
 
 def native_tokenizers() -> tuple[Path, Path]:
     """Give the folders of CLIP-L's and T5's tokenizers, which ComfyUI itself carries."""
-    package = Path(comfy.model_management.__file__).parent
+    package = Path(mm.__file__).parent
     return package / "sd1_tokenizer", package / "text_encoders" / "t5_tokenizer"
 
 
@@ -124,7 +123,7 @@ def _chosen(choice: str, own: torch.dtype, device: torch.device, parameters: int
         return DTYPES[choice]
     if own not in DTYPES.values():
         own = torch.bfloat16
-    room = mm.get_free_memory(torch.device("cpu")) * _SHARE_OF_RAM
+    room = _free_bytes(torch.device("cpu")) * _SHARE_OF_RAM
     if mm.is_device_cpu(device) and own == torch.float32 and parameters * 4 > room:
         return torch.bfloat16
     return own
@@ -199,7 +198,7 @@ def send_away(patcher: Any) -> None:
 
 def available_bytes(device: torch.device) -> float:
     """Count what is free on a device, and what ComfyUI could free there by unloading models."""
-    free = mm.get_free_memory(device)
+    free = _free_bytes(device)
     if mm.is_device_cpu(device):
         return free
     return free + sum(
@@ -207,6 +206,10 @@ def available_bytes(device: torch.device) -> float:
         for one in mm.current_loaded_models
         if one.device == device and one.model is not None
     )
+
+
+def _free_bytes(device: torch.device) -> float:
+    return cast(float, mm.get_free_memory(device))
 
 
 # ---- running

@@ -12,7 +12,19 @@ from . import host
 from .sockets import ConditioningSocket, TokensSocket
 
 _CATEGORY = "FLUX Glassbox/tokens"
-_PLACE = {"min": -4096.0, "max": 4096.0, "step": 1.0, "round": 0.001}
+_FARTHEST = 4096.0  # tokens, or pictures: far beyond any that fits in memory
+
+
+def _place_input(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(
+        name,
+        default=default,
+        min=-_FARTHEST,
+        max=_FARTHEST,
+        step=1.0,
+        round=0.001,
+        tooltip=f"{tooltip} -4096 to 4096.",
+    )
 
 
 class PositionIds(io.ComfyNode):
@@ -28,25 +40,13 @@ class PositionIds(io.ComfyNode):
             search_aliases=["rope ids", "img_ids", "place reference", "offset"],
             inputs=[
                 TokensSocket.Input("tokens", tooltip="From Encode and Pack."),
-                io.Float.Input(
+                _place_input(
                     "index",
-                    default=1.0,
-                    tooltip="Which picture, -4096 to 4096: 0 is the one being made, Kontext's "
-                    "reference is 1.",
-                    **_PLACE,
+                    1.0,
+                    "Which picture: 0 is the one being made, Kontext's reference is 1.",
                 ),
-                io.Float.Input(
-                    "row",
-                    default=0.0,
-                    tooltip="Row of the top left token, in tokens of 16 px, -4096 to 4096.",
-                    **_PLACE,
-                ),
-                io.Float.Input(
-                    "column",
-                    default=0.0,
-                    tooltip="Column of the top left token, in tokens of 16 px, -4096 to 4096.",
-                    **_PLACE,
-                ),
+                _place_input("row", 0.0, "Row of the top left token, in tokens of 16 px."),
+                _place_input("column", 0.0, "Column of the top left token, in tokens of 16 px."),
             ],
             outputs=[TokensSocket.Output("tokens")],
         )

@@ -17,14 +17,14 @@ class Segment(TypedDict):
     ids: list[tuple[str, float, float]]  # axis, smallest, largest
 
 
-class Sequence(TypedDict):
+class TokenSequence(TypedDict):
     """The whole sequence, in the order the transformer reads it."""
 
     segments: list[Segment]
     total: int
 
 
-def describe_sequence(conditioning: Conditioning, target: Tokens | None) -> Sequence:
+def describe_sequence(conditioning: Conditioning, target: Tokens | None) -> TokenSequence:
     """Describe text, target and references in their order.
 
     Args:
@@ -37,10 +37,10 @@ def describe_sequence(conditioning: Conditioning, target: Tokens | None) -> Sequ
         segments.append(_segment("target", "target", target))
     for number, tokens in enumerate(conditioning.references, 1):
         segments.append(_segment("reference", f"reference {number}", tokens))
-    return Sequence(segments=segments, total=sum(one["count"] for one in segments))
+    return TokenSequence(segments=segments, total=sum(one["count"] for one in segments))
 
 
-def sequence_report(sequence: Sequence) -> str:
+def sequence_report(sequence: TokenSequence) -> str:
     """Write the sequence down, one line a segment."""
     lines = [_line(segment) for segment in sequence["segments"]]
     return "\n".join([*lines, f"{sequence['total']} tokens in all"])
@@ -57,9 +57,10 @@ def _segment(kind: str, name: str, tokens: Tokens) -> Segment:
 
 
 def _ranges(ids: Ids, spec: LatentSpec) -> list[tuple[str, float, float]]:
-    lowest: list[float] = ids.amin(dim=0).tolist()
-    highest: list[float] = ids.amax(dim=0).tolist()
-    return list(zip(spec.id_axes, lowest, highest, strict=True))
+    return [
+        (axis, float(ids[:, number].min()), float(ids[:, number].max()))
+        for number, axis in enumerate(spec.id_axes)
+    ]
 
 
 def _line(segment: Segment) -> str:

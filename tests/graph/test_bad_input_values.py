@@ -1,4 +1,4 @@
-"""Bad values on wires and widgets: words that help on the right node, and a prompt that runs next."""
+"""Bad values on wires and widgets: words on the right node, and the next prompt runs."""
 
 import itertools
 from collections.abc import Iterator

@@ -1,0 +1,56 @@
+"""Probe: what importing the pack costs and brings in, after ComfyUI's own imports."""
+
+import asyncio
+import json
+import socket
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import probe
+
+ROUNDS = 5
+
+
+def main() -> None:
+    probe.load_comfyui()
+    import execution  # noqa: F401 - as main.py does before custom nodes are loaded
+    import server  # noqa: F401
+    import torch
+
+    import nodes  # noqa: F401
+
+    _forbid(socket.socket, "connect", "network")
+    _forbid(torch.cuda, "_lazy_init", "CUDA")
+    before = set(sys.modules)
+    costs: list[float] = []
+    for _ in range(ROUNDS):
+        for name in [name for name in sys.modules if name.split(".")[0] == probe.PACK]:
+            del sys.modules[name]
+        started = time.process_time()
+        asyncio.run(_use(probe.load_pack()))
+        costs.append(1000 * (time.process_time() - started))
+    new = sorted(name for name in set(sys.modules) - before if not name.startswith(probe.PACK))
+    print(json.dumps({"cpu_ms": min(costs), "first_ms": costs[0], "new": new}))
+
+
+async def _use(pack: ModuleType) -> None:
+    """Do what nodes.load_custom_node does with a pack."""
+    extension = await pack.comfy_entrypoint()
+    await extension.on_load()
+    for node in await extension.get_node_list():
+        node.GET_SCHEMA()
+
+
+def _forbid(owner: Any, name: str, what: str) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise AssertionError(f"importing the pack used {what}")
+
+    setattr(owner, name, refuse)
+
+
+if __name__ == "__main__":
+    main()

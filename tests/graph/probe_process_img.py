@@ -1,0 +1,107 @@
+"""Probe: tokens and ids of ComfyUI's own Flux against ours, for each way to place references."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import probe
+
+# Target, then references; height and width in latent cells, as ComfyUI's LATENT has them.
+SIZES: list[list[tuple[int, int]]] = [
+    [(8, 8)],
+    [(16, 24), (16, 24)],
+    [(24, 16), (8, 40)],
+    [(128, 128), (64, 96)],
+    [(16, 16), (16, 16), (16, 16)],
+    [(16, 16), (30, 12), (12, 30)],
+    [(20, 12), (8, 8), (40, 6), (6, 40)],
+    [(12, 20), (16, 16), (16, 16), (16, 16)],
+]
+
+
+def main() -> None:
+    probe.load_comfyui()
+    probe.load_pack()
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    wrong: list[str] = []
+    cases = 0
+    for sizes in SIZES:
+        latents = [torch.randn(2, 16, *size, generator=generator) for size in sizes]
+        for placement in ("offset", "index", "single"):
+            if placement == "single" and len(sizes) > 2:
+                continue
+            cases += 1
+            theirs, ours = _theirs(latents, placement), _ours(latents, placement)
+            for name, one, other in zip(("tokens", "ids"), theirs, ours, strict=True):
+                if not torch.equal(one, other):
+                    wrong.append(f"{name} of {sizes} {placement}")
+    print(json.dumps({"cases": cases, "wrong": wrong}))
+
+
+def _theirs(latents: list[Any], placement: str) -> tuple[Any, Any]:
+    """Run ComfyUI's Flux up to where it has put the sequence together."""
+    import comfy.ops
+    import torch
+    from comfy.ldm.flux.model import Flux
+
+    model = Flux(
+        in_channels=16,
+        out_channels=16,
+        vec_in_dim=4,
+        context_in_dim=4,
+        hidden_size=128,
+        mlp_ratio=1.0,
+        num_heads=1,
+        depth=0,
+        depth_single_blocks=0,
+        axes_dim=[16, 56, 56],
+        theta=10000,
+        patch_size=2,
+        qkv_bias=True,
+        txt_ids_dims=[],
+        guidance_embed=True,
+        operations=comfy.ops.disable_weight_init,
+    )
+    seen: dict[str, Any] = {}
+
+    def stop_here(img: Any, img_ids: Any, *_: object, **__: object) -> Any:
+        seen.update(img=img, img_ids=img_ids)
+        return img
+
+    model.forward_orig = stop_here  # of this one object
+    target, references = latents[0], latents[1:]
+    context = torch.zeros(2, 3, 4)
+    # "single" is ComfyUI's offset with one reference.
+    method = "index" if placement == "index" else "offset"
+    model(
+        target,
+        torch.zeros(2),
+        context,
+        ref_latents=references or None,
+        ref_latents_method=method,
+    )
+    return seen["img"], seen["img_ids"][0]
+
+
+def _ours(latents: list[Any], placement: str) -> tuple[Any, Any]:
+    """Pack and place the same latents with the pack's own functions."""
+    import importlib
+
+    import torch
+
+    families = importlib.import_module(f"{probe.PACK}.flux_core.families")
+    pack = importlib.import_module(f"{probe.PACK}.flux_core.tokens.pack")
+    references = importlib.import_module(f"{probe.PACK}.flux_core.tokens.references")
+    tokens = [pack.latent_tokens(latent, families.FLUX1_LATENT) for latent in latents]
+    rule = families.FLUX1_KONTEXT.reference
+    sequence = [tokens[0], *references.place_references(tokens[1:], placement, rule)]
+    values = torch.cat([one.values for one in sequence], dim=1)
+    return values, torch.cat([one.ids for one in sequence])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The pack costs ComfyUI next to nothing until a node runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from glassbox.tests.graph.probe import run_probe
+
+pytestmark = pytest.mark.graph
+
+
+@pytest.fixture(scope="module")
+def probe() -> dict[str, Any]:
+    """The import alone, with network and CUDA forbidden: reaching for either fails the probe."""
+    return run_probe("probe_import")
+
+
+def test_importing_the_pack_takes_at_most_50_ms(
+    probe: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
+    """Counted in CPU time, the least of five, so that a busy machine does not decide it."""
+    record_property("import_cpu_ms", probe["cpu_ms"])
+    assert probe["cpu_ms"] <= 50
+
+
+def test_importing_the_pack_brings_no_heavy_module(probe: dict[str, Any]) -> None:
+    heavy = ("transformers", "diffusers", "torchvision", "sentencepiece", "PIL", "scipy")
+    assert [name for name in probe["new"] if name.split(".")[0] in heavy] == []
