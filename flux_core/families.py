@@ -259,7 +259,7 @@ NANO_KONTEXT = FluxFamily(
     source="this project, flux_core/training/nano.py",
 )
 NANO_AUTOENCODER = AutoencoderSpec(
-    channels=16, channel_mult=(1, 2, 4, 8), res_blocks=1, norm_groups=4, latent=NANO_FLUX1_LATENT
+    channels=16, channel_mult=(1, 2, 4, 8), res_blocks=1, norm_groups=2, latent=NANO_FLUX1_LATENT
 )
 
 AUTOENCODERS = (FLUX1_AUTOENCODER, NANO_AUTOENCODER)

@@ -38,8 +38,11 @@ def _star_corner(corner: int, radius: float) -> tuple[float, float]:
     return reach * math.sin(angle), -reach * math.cos(angle) + radius * 0.05
 
 
-def coverage(shape: Shape) -> Floats:
-    """How much of every pixel a shape covers, (SIDE_PX, SIDE_PX), 0..1, edges one pixel soft."""
+def coverage(shape: Shape, *, sharpness: float = 1.0) -> Floats:
+    """How much of every pixel a shape covers, (SIDE_PX, SIDE_PX), 0..1.
+
+    Edges are 1 / sharpness pixels soft.
+    """
     axis = np.arange(SIDE_PX, dtype=np.float32) + 0.5
     x, y = np.meshgrid(axis, axis)
     corners = outline(shape)
@@ -47,7 +50,7 @@ def coverage(shape: Shape) -> Floats:
         distance = _polygon_distance(x, y, corners)
     else:
         distance = np.hypot(x - shape.x, y - shape.y) - shape.size / 2
-    return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
+    return np.clip(0.5 - sharpness * distance, 0.0, 1.0).astype(np.float32)
 
 
 def _polygon_distance(x: Floats, y: Floats, corners: Sequence[tuple[float, float]]) -> Floats:
@@ -78,9 +81,10 @@ def compose(background: str, layers: Sequence[tuple[str, Floats]]) -> Floats:
     return picture
 
 
-def draw(scene: Scene) -> Floats:
+def draw(scene: Scene, *, sharpness: float = 1.0) -> Floats:
     """The scene as the model was trained on it, (SIDE_PX, SIDE_PX, 3), 0..1."""
-    return compose(scene.background, [(shape.colour, coverage(shape)) for shape in scene.shapes])
+    layers = [(shape.colour, coverage(shape, sharpness=sharpness)) for shape in scene.shapes]
+    return compose(scene.background, layers)
 
 
 def draw_pillow(scene: Scene) -> Floats:

@@ -56,11 +56,9 @@ _WHERE = {
     "middle": " in the middle",
     "": "",
 }
-_SPOKEN = (
-    "please shape shapes one object picture image scene it them this that with and to in at on of "
-    "into from corner side center upper lower keep everything else same only but do not no new "
-    "small large big colour recolour fill replace swap set give let be is are there two both"
-)
+_BEFORE = ("please ", "please ", "now ", "can you ", "i want you to ", "hey ")
+_BEHIND = (".", ".", "!", " please", " please.", "?")
+PUNCTUATION = (".", ",", "!", "?")
 
 
 def recolour_sentence(name: str, colour: str, rng: random.Random) -> str:
@@ -106,8 +104,15 @@ def article(word: str) -> str:
 
 
 def vocabulary(names: Sequence[str]) -> list[str]:
-    """Every word the tokenizers know, sorted: those of the sentences, `names` and a few more."""
-    sentences = (*_RECOLOUR, *_BACKGROUND, *_REMOVE, *_ADD, *_CAPTION, *_WHERE.values(), _SPOKEN)
+    """Every word the tokenizers know, sorted; any other word is unknown to T5."""
+    sentences = (*_RECOLOUR, *_BACKGROUND, *_REMOVE, *_ADD, *_CAPTION, *_WHERE.values())
     fields = {"name": "", "colour": "", "place": "", "shapes": "", "ground": ""}
     words = {word for sentence in sentences for word in sentence.format(**fields).split()}
-    return sorted(words | set(names) | {"a", "an", "the", "and"})
+    return sorted(words | set(names) | {"a", "an", "the", "and", "shape", "please", "can", "you"})
+
+
+def speak(sentence: str, rng: random.Random) -> str:
+    """Say a sentence as people do, now and then with a word or a mark that means nothing."""
+    before = rng.choice(_BEFORE) if rng.random() < 0.1 else ""
+    behind = rng.choice(_BEHIND) if rng.random() < 0.15 else ""
+    return f"{before}{sentence}{behind}"

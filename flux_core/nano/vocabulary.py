@@ -1,0 +1,149 @@
+"""The tokenizers of the nano model: sentencepiece for T5, byte-pair merges for CLIP.
+
+Both know the words of the nano world, one token each; `write_tokenizers` makes the files that lie
+beside this one, in the formats of the published tokenizers.
+"""
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .paths import CLIP_TOKENIZER, T5_TOKENIZER
+from .wording import PUNCTUATION, vocabulary
+from .world import COLOURS, KINDS
+
+_END_OF_WORD = "</w>"
+CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+_T5_SPECIAL = ("<pad>", "</s>", "<unk>")
+
+
+_T5_CONFIG = {
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "extra_ids": 0,
+    "additional_special_tokens": [],
+    "model_max_length": 512,
+    "tokenizer_class": "T5Tokenizer",
+}
+
+
+def words() -> list[str]:
+    """Every word that is one token."""
+    return vocabulary([*KINDS, *COLOURS])
+
+
+def write_tokenizers(clip: Path = CLIP_TOKENIZER, t5: Path = T5_TOKENIZER) -> None:
+    """Write both tokenizers into their folders."""
+    clip.mkdir(parents=True, exist_ok=True)
+    t5.mkdir(parents=True, exist_ok=True)
+    _write_clip(clip)
+    _write_t5(t5)
+
+
+def learn_merges(known: list[str]) -> list[tuple[str, str]]:
+    """Learn byte-pair merges that make one token of every known word."""
+    spelled = [[*word[:-1], word[-1] + _END_OF_WORD] for word in known]
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs = Counter(
+            pair for symbols in spelled for pair in zip(symbols, symbols[1:], strict=False)
+        )
+        if not pairs:
+            return merges
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        spelled = [_merge(symbols, best) for symbols in spelled]
+
+
+def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for symbol in symbols:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged
+
+
+def _byte_symbols() -> list[str]:
+    """The 256 printable stand-ins for bytes, in the order of the published vocabulary.
+
+    Source: openai/CLIP simple_tokenizer.py bytes_to_unicode.
+    """
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    moved = [256 + place for place in range(256 - len(plain))]
+    return [chr(code) for code in (*plain, *moved)]
+
+
+def _write_clip(folder: Path) -> None:
+    merges = learn_merges([word for word in words() if len(word) > 1])
+    symbols = _byte_symbols()
+    tokens = [
+        *symbols,
+        *(symbol + _END_OF_WORD for symbol in symbols),
+        *("".join(pair) for pair in merges),
+        CLIP_BEGIN,
+        CLIP_END,
+    ]
+    ids = {token: place for place, token in enumerate(tokens)}
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    _write(folder / "vocab.json", json.dumps(ids, ensure_ascii=False))
+    _write(folder / "merges.txt", "\n".join(lines))
+    config = {
+        "bos_token": CLIP_BEGIN,
+        "eos_token": CLIP_END,
+        "pad_token": CLIP_END,
+        "unk_token": CLIP_END,
+        "model_max_length": 77,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    _write(folder / "tokenizer_config.json", json.dumps(config, indent=1))
+
+
+def _write_t5(folder: Path) -> None:
+    """Write spiece.model, lower-casing, and the tokenizer.json that transformers makes of it."""
+    from sentencepiece import (  # late: only for making files
+        SentencePieceTrainer,
+        sentencepiece_model_pb2,
+    )
+    from transformers import T5TokenizerFast
+
+    trained = io.BytesIO()
+    SentencePieceTrainer.train(  # for its normaliser; the pieces are replaced
+        sentence_iterator=iter([" ".join(words())] * 4),
+        model_writer=trained,
+        vocab_size=40,
+        model_type="unigram",
+        normalization_rule_name="nmt_nfkc_cf",
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    model: Any = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(trained.getvalue())
+    kept = [piece for piece in model.pieces if piece.piece in _T5_SPECIAL]
+    kept.sort(key=lambda piece: _T5_SPECIAL.index(piece.piece))
+    pieces = [(piece.piece, piece.type, piece.score) for piece in kept]
+    pieces += [(f"▁{word}", 1, -1.0) for word in words()]  # 1: a normal piece
+    pieces += [(mark, 1, -2.0) for mark in PUNCTUATION]
+    pieces += [("▁", 1, -8.0)]
+    del model.pieces[:]
+    for text, kind, score in pieces:
+        model.pieces.add(piece=text, type=kind, score=score)
+    model.trainer_spec.vocab_size = len(pieces)
+    model.trainer_spec.ClearField("input")
+    (folder / "spiece.model").write_bytes(model.SerializeToString())
+    tokenizer = T5TokenizerFast.from_pretrained(folder, extra_ids=0, local_files_only=True)
+    tokenizer.save_pretrained(folder)
+    # As transformers 5 saves it, transformers 4 cannot read it.
+    _write(folder / "tokenizer_config.json", json.dumps(_T5_CONFIG, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")

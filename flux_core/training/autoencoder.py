@@ -1,0 +1,149 @@
+"""Training of the nano autoencoder on drawn scenes."""
+
+import logging
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..families import AutoencoderSpec, LatentSpec
+from ..image.autoencoder import Autoencoder
+from ..nano.drawing import draw
+from ..nano.world import COLOURS, Scene, random_scene
+from .optim import Clock, MatrixMuon, MovingAverage, learning_rate, set_rates
+from .ranks import Rank, average_gradients, gather_updates, share_from_lead
+
+logger = logging.getLogger(__name__)
+LATENT_NOISE = 0.06  # of the posterior, where the transformer's scale makes the latent unit size
+SHARPNESS = (0.75, 1.6)
+
+
+def random_pictures(rng: random.Random, count: int) -> Tensor:
+    """Draw pictures (count, 3, SIDE_PX, SIDE_PX) in -1..1, with edges of varied softness."""
+    pictures: list[np.ndarray] = []
+    while len(pictures) < count:
+        shapes = rng.choices((0, 1, 2), (1, 4, 10))[0]
+        scene = Scene(background=rng.choice(list(COLOURS)))
+        if shapes:
+            scene = random_scene(rng, shapes, at_places=rng.random() < 0.3)
+        if not scene.is_held_out:
+            pictures.append(draw(scene, sharpness=rng.uniform(*SHARPNESS)))
+    stack = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return (stack * 2.0 - 1.0).contiguous()
+
+
+def autoencoder_loss(model: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Reconstruction through a noisy latent of zero mean and unit size.
+
+    Returns:
+        the loss, and the mean squared error of the picture in 0..1 alone, detached.
+    """
+    latent = model.spec.latent
+    mean, logvar = model.encoder(pixels).float().chunk(2, dim=1)
+    noisy = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * torch.randn_like(mean)
+    error = model.decode(noisy).float() - pixels
+    unit = latent.scale * (mean - latent.shift)
+    variance, average = torch.var_mean(unit, dim=(0, 2, 3))
+    size = average.square().mean() + (variance - 1.0).square().mean()
+    spread = (logvar - 2.0 * math.log(LATENT_NOISE / latent.scale)).square().mean()
+    squared = error.square().mean()
+    loss = error.abs().mean() + 4.0 * squared + 0.02 * size + 0.02 * spread
+    return loss, squared.detach() / 4.0
+
+
+def train_autoencoder(
+    rank: Rank, spec: AutoencoderSpec, out: Path, *, seed: int, budget_s: float, batch: int = 8
+) -> None:
+    """Train an autoencoder from a seed for a time, and set its latent to unit size.
+
+    Args:
+        rank: this process.
+        spec: its shape.
+        out: file for its weights, in the published layout.
+        seed: of weights and scenes.
+        budget_s: seconds.
+        batch: pictures a step in each process.
+    """
+    torch.manual_seed(seed)
+    model = Autoencoder(spec)
+    rng = random.Random(seed * 1000 + rank.index)
+    torch.manual_seed(seed * 1000 + rank.index)
+    weights = list(model.parameters())
+    muon = MatrixMuon(
+        [weight for weight in weights if weight.ndim > 1],
+        0.01,
+        owner=rank.index,
+        owners=rank.count,
+    )
+    adam = torch.optim.AdamW(
+        [weight for weight in weights if weight.ndim == 1], lr=2e-3, weight_decay=0.0
+    )
+    average = MovingAverage([model], 0.995)
+    clock, step, progress = Clock(budget_s), 0, 0.0
+    while progress < 1.0:
+        (progress,) = share_from_lead([clock.progress], rank)
+        set_rates([muon.optimizer, adam], learning_rate(progress, warmup=0.03, flat=0.3))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, error = autoencoder_loss(model, random_pictures(rng, batch))
+        model.zero_grad()
+        loss.backward()
+        average_gradients(weights, rank)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        muon.step()
+        adam.step()
+        gather_updates(muon.shares, rank)
+        average.update()
+        step += 1
+        if step % 50 == 0 and rank.leads:
+            psnr = -10.0 * math.log10(max(float(error), 1e-12))
+            logger.info("autoencoder step %d, %.0f s: %.1f dB", step, clock.elapsed_s, psnr)
+    if rank.leads:
+        average.swap()
+        set_unit_size(model.eval(), random_pictures(rng, 256))
+        save_file(model.state_dict(), out)
+
+
+@torch.no_grad()
+def set_unit_size(model: Autoencoder, pixels: Tensor) -> None:
+    """Move the latent's mean and size into the convolutions around it.
+
+    Afterwards scale * (latent - shift), what the transformer sees, has zero mean and unit
+    variance. Near the border the decoder sees a trace of the old mean in place of padding.
+    """
+    latent: LatentSpec = model.spec.latent
+    means = torch.cat([model.encode(part) for part in pixels.split(32)])
+    unit = latent.scale * (means - latent.shift)
+    size, middle = float(unit.std()), float(unit.mean())
+    out, into, channels = model.encoder.conv_out, model.decoder.conv_in, latent.channels
+    weight, bias = _weights(out)
+    weight[:channels] /= size
+    bias[:channels] = (bias[:channels] - latent.shift - middle / latent.scale) / size + latent.shift
+    bias[channels:] -= 2.0 * math.log(size)
+    weight, bias = _weights(into)
+    moved = latent.shift + middle / latent.scale - size * latent.shift
+    bias += moved * weight.sum(dim=(1, 2, 3))
+    weight *= size
+    logger.info("latent had mean %.3f and size %.3f", middle, size)
+
+
+def _weights(layer: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    assert isinstance(bias, Tensor)
+    return weight, bias
+
+
+@torch.no_grad()
+def reconstruction_db(model: Autoencoder, pixels: Tensor) -> float:
+    """Peak signal-to-noise ratio of pictures (B, 3, H, W) in -1..1 through the latent's mode."""
+    errors = [
+        F.mse_loss(model.decode(model.encode(part)).clamp(-1.0, 1.0), part, reduction="none")
+        .mean(dim=(1, 2, 3))
+        for part in pixels.split(16)
+    ]
+    return float((-10.0 * torch.log10(torch.cat(errors) / 4.0 + 1e-12)).mean())

@@ -1,0 +1,96 @@
+"""The flow-matching loss of FLUX: what every training in this project minimises.
+
+Source: Lipman et al. 2023, "Flow Matching"; black-forest-labs/flux@802fb47 src/flux/sampling.py
+denoise, whose Euler steps this training makes true.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..families import LatentSpec
+from ..tokens.ids import image_ids, text_ids
+from ..transformer.flux1 import Flux1
+from ..transformer.plan import Plan
+from ..transformer.rope import rope_tables
+from ..types import TokenValues
+
+Density = Callable[[int, torch.Generator], Tensor]
+
+
+def logit_normal(mean: float, spread: float) -> Density:
+    """Draw sigmas as sigmoid(N(mean, spread)); a mean above 0 favours noisy ones."""
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        return torch.sigmoid(mean + spread * torch.randn(count, generator=generator))
+
+    return draw
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowBatch:
+    """Clean tokens in the transformer's scale, and what they are conditioned on."""
+
+    target: TokenValues  # (B, N, D)
+    reference: TokenValues | None  # (B, R, D)
+    txt: Tensor  # (B, T, E)
+    pooled: Tensor  # (B, P)
+    weight: Tensor  # (B, N), weight of each target token
+
+
+def flow_loss(
+    predict: Callable[[TokenValues, Tensor], TokenValues],
+    batch: FlowBatch,
+    density: Density,
+    generator: torch.Generator,
+) -> Tensor:
+    """Mean squared error of the velocity over the target's tokens.
+
+    Args:
+        predict: (x (B, N, D), sigma (B,)) to the velocity of the target; references are its
+            own business, and stay clean.
+        batch: target and token weights.
+        density: how often each sigma is trained.
+        generator: of noise and sigmas.
+
+    Returns:
+        a scalar; x_sigma = (1 - sigma) x0 + sigma noise, and the velocity is noise - x0.
+    """
+    clean = batch.target.float()
+    sigma = density(clean.shape[0], generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    x = torch.lerp(clean, noise, sigma[:, None, None])
+    error = predict(x, sigma).float() - (noise - clean)
+    weight = batch.weight / batch.weight.mean()
+    return (error.square().mean(dim=-1) * weight).mean()
+
+
+def predictor(
+    network: Flux1,
+    batch: FlowBatch,
+    *,
+    grid: tuple[int, int],
+    latent: LatentSpec,
+    guidance: float,
+) -> Callable[[TokenValues, Tensor], TokenValues]:
+    """Make the network's velocity a function of x and sigma; target and reference share a grid."""
+    places = [text_ids(batch.txt.shape[1], latent), image_ids(grid, latent)]
+    if batch.reference is not None:
+        places.append(image_ids(grid, latent, index=network.family.reference.first_index))
+    rope = rope_tables(torch.cat(places), network.spec.axes_dim, network.spec.theta)
+
+    def predict(x: TokenValues, sigma: Tensor) -> TokenValues:
+        blocks = network.blocks
+        strength = torch.full_like(sigma, guidance)
+        plan = Plan(
+            blocks=blocks,
+            txt=blocks.txt_in(batch.txt),
+            references=None if batch.reference is None else blocks.img_in(batch.reference),
+            rope=rope,
+            modulations=[network.modulation(sigma, batch.pooled, strength)],
+        )
+        return plan.velocity(x, 0)
+
+    return predict

@@ -1,0 +1,216 @@
+"""Flow training of the nano Kontext: transformer and text encoders together."""
+
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..families import NANO_KONTEXT
+from ..image.autoencoder import Autoencoder
+from ..nano.world import COLOURS, KINDS, SIDE_PX
+from .flow import FlowBatch, flow_loss, logit_normal, predictor
+from .nano_model import ACTIONS, NanoText, TeachingHeads, fresh_transformer
+from .nano_pool import TOKEN_PX, Pair, ScenePool, changed_tokens, draw_pairs, spoken
+from .optim import Clock, MatrixMuon, MovingAverage, learning_rate, set_rates
+from .ranks import Rank, average_gradients, gather_updates, share_from_lead
+
+logger = logging.getLogger(__name__)
+CHANGED_WEIGHT = 3.0  # beside the 1 of every token
+CAPTION_EVERY = 10  # steps
+GROW_EVERY = 3  # steps
+_NONE = -100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowSettings:
+    """How the flow is trained."""
+
+    seed: int
+    budget_s: float
+    pairs: int = 32  # a step, in each process
+    muon_rate: float = 0.005
+    adam_rate: float = 2e-3
+    average: float = 0.997
+    first_clusters: int = 250
+    capacity: int = 6000
+    teach_until: float = 0.85  # of the run
+    keep_every_s: float = 180.0
+    compiled: bool = False
+
+
+class NanoTrainer:
+    """One process's share of the training."""
+
+    def __init__(self, rank: Rank, autoencoder: Autoencoder, settings: FlowSettings) -> None:
+        torch.manual_seed(settings.seed)
+        self.rank, self.settings = rank, settings
+        self.network, self.text = fresh_transformer(), NanoText()
+        self.heads = TeachingHeads(self.network)
+        self.modules: list[nn.Module] = [self.network, self.text, self.heads]
+        self.weights = [weight for module in self.modules for weight in module.parameters()]
+        self.muon, self.adam = self._optimizers()
+        self.average = MovingAverage([self.network, self.text], settings.average)
+        own = settings.seed * 1000 + rank.index
+        self.rng, self.generator = random.Random(own), torch.Generator().manual_seed(own)
+        self.pool = ScenePool(autoencoder, seed=own + 500, capacity=settings.capacity)
+        self.density = logit_normal(1.2, 1.3)
+        self.step, self.progress = 0, 0.0
+        if settings.compiled:
+            for block in (*self.network.blocks.double_blocks, *self.network.blocks.single_blocks):
+                block.forward = torch.compile(block.forward, dynamic=False)
+
+    def _optimizers(self) -> tuple[MatrixMuon, torch.optim.Optimizer]:
+        blocks = self.network.blocks
+        inside = [*blocks.double_blocks.parameters(), *blocks.single_blocks.parameters()]
+        matrices = [weight for weight in inside if weight.ndim == 2]
+        taken = set(map(id, matrices))
+        others = [weight for weight in self.weights if id(weight) not in taken]
+        muon = MatrixMuon(
+            matrices, self.settings.muon_rate, owner=self.rank.index, owners=self.rank.count
+        )
+        adam = torch.optim.AdamW(
+            others, lr=self.settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        return muon, adam
+
+    def run_step(self, progress: float) -> dict[str, float]:
+        """Train on one batch; every tenth is captions alone."""
+        self.progress = progress
+        if self.step % GROW_EVERY == 0:
+            self.pool.grow()
+        captions = self.step % CAPTION_EVERY == CAPTION_EVERY - 1
+        pairs = (
+            self.rng.choices(self.pool.captions, k=self.settings.pairs)
+            if captions
+            else draw_pairs(self.pool, self.settings.pairs, self.rng)
+        )
+        for module in self.modules:
+            module.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, told = self._loss(pairs)
+        loss.backward()
+        average_gradients(self.weights, self.rank)
+        rate = learning_rate(progress, warmup=0.01, flat=0.2)
+        set_rates([self.muon.optimizer, self.adam], rate)
+        torch.nn.utils.clip_grad_norm_(
+            [weight for group in self.adam.param_groups for weight in group["params"]], 1.0
+        )
+        self.muon.step()
+        self.adam.step()
+        gather_updates(self.muon.shares, self.rank)
+        self.average.update()
+        self.step += 1
+        return told
+
+    def _loss(self, pairs: list[Pair]) -> tuple[Tensor, dict[str, float]]:
+        prompts = [spoken(pair, self.rng) for pair in pairs]
+        txt, pooled = self.text(prompts)
+        target = torch.stack([pair.after.tokens for pair in pairs])
+        before = [pair.before for pair in pairs if pair.before is not None]
+        reference = torch.stack([picture.tokens for picture in before]) if before else None
+        weight = torch.ones(target.shape[:2])
+        changed = torch.zeros(target.shape[:2], dtype=torch.bool)
+        if reference is not None:
+            changed = torch.stack([changed_tokens(a, p.after) for a, p in zip(before, pairs)])
+            weight += CHANGED_WEIGHT * changed
+        side = SIDE_PX // TOKEN_PX
+        batch = FlowBatch(
+            target=target, reference=reference, txt=txt, pooled=pooled, weight=weight
+        )
+        predict = predictor(
+            self.network,
+            batch,
+            grid=(side, side),
+            latent=NANO_KONTEXT.latent,
+            guidance=NANO_KONTEXT.default_guidance,
+        )
+        loss = flow_loss(predict, batch, self.density, self.generator)
+        told = {"flow": float(loss.detach())}
+        if reference is None:
+            return loss + 0.0 * self._untaught(), {"captions": told["flow"]}
+        kinds = torch.stack([picture.kinds for picture in before])
+        colours = torch.stack([picture.colours for picture in before])
+        wishes = torch.tensor([_wish(p, text) for p, text in zip(pairs, prompts, strict=True)])
+        taught, parts = self.heads.loss(kinds, colours, changed, wishes, pooled)
+        strength = 0.3 * max(0.0, 1.0 - self.progress / self.settings.teach_until)
+        return loss + (strength + 0.02) * taught, told | parts
+
+    def _untaught(self) -> Tensor:
+        """Keep the heads in the graph, so that all processes average the same gradients."""
+        return sum((weight.sum() for weight in self.heads.parameters()), torch.zeros(()))
+
+
+def _wish(pair: Pair, text: str) -> list[int]:
+    """What an instruction says: action, kind, colour asked for; -100 where it does not."""
+    edit_colour = pair.after.scene.background
+    if pair.action in ("recolour", "add"):
+        edit_colour = pair.after.scene.shapes[pair.index].colour
+    named = [place for place, kind in enumerate(KINDS) if kind in text.split()]
+    return [
+        ACTIONS.index(pair.action),
+        named[0] if len(named) == 1 else _NONE,
+        _NONE if pair.action == "remove" else list(COLOURS).index(edit_colour),
+    ]
+
+
+def train_flow(
+    rank: Rank, autoencoder: Autoencoder, out: Path, settings: FlowSettings, resume: bool = False
+) -> None:
+    """Train for a time; `out` holds the latest weights, averages and clock.
+
+    Args:
+        rank: this process.
+        autoencoder: trained.
+        out: checkpoint file, written every `keep_every_s` seconds and at the end.
+        settings: all numbers.
+        resume: go on from `out`.
+    """
+    trainer = NanoTrainer(rank, autoencoder, settings)
+    spent = load_checkpoint(trainer, out) if resume else 0.0
+    for _ in range(settings.first_clusters):
+        trainer.pool.grow()
+    trainer.pool.grow_captions(600)
+    clock, kept, progress = Clock(settings.budget_s, spent), spent, 0.0
+    sums: dict[str, list[float]] = {}
+    while progress < 1.0:
+        (progress,) = share_from_lead([clock.progress], rank)
+        for name, value in trainer.run_step(progress).items():
+            sums.setdefault(name, []).append(value)
+        if not rank.leads:
+            continue
+        if trainer.step % 50 == 0:
+            means = " ".join(f"{name} {sum(v) / len(v):.4f}" for name, v in sums.items())
+            logger.info("flow step %d, %.0f s: %s", trainer.step, clock.elapsed_s, means)
+            sums.clear()
+        if clock.elapsed_s - kept > settings.keep_every_s:
+            kept = clock.elapsed_s
+            save_checkpoint(trainer, out, clock)
+    if rank.leads:
+        save_checkpoint(trainer, out, clock)
+
+
+def save_checkpoint(trainer: NanoTrainer, out: Path, clock: Clock) -> None:
+    """Write everything needed to go on, or to export."""
+    state = {
+        "modules": [module.state_dict() for module in trainer.modules],
+        "averages": trainer.average.averages,
+        "step": trainer.step,
+        "elapsed_s": clock.elapsed_s,
+    }
+    part = out.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(out)
+
+
+def load_checkpoint(trainer: NanoTrainer, path: Path) -> float:
+    """Take a run up again; give the seconds it has used."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for module, weights in zip(trainer.modules, state["modules"], strict=True):
+        module.load_state_dict(weights)
+    for average, kept in zip(trainer.average.averages, state["averages"], strict=True):
+        average.copy_(kept)
+    trainer.step = int(state["step"])
+    return float(state["elapsed_s"])

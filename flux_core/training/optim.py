@@ -1,0 +1,125 @@
+"""Optimisers, a schedule that knows the clock, and the moving average of weights."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Muon, Optimizer
+
+
+@dataclass(slots=True)
+class Clock:
+    """How far training is, by time rather than by steps: a slow machine makes fewer steps.
+
+    Args:
+        budget_s: seconds the whole run may take.
+        spent_s: seconds spent before, when a run is taken up again.
+    """
+
+    budget_s: float
+    spent_s: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training so far."""
+        return self.spent_s + time.monotonic() - self.started
+
+    @property
+    def progress(self) -> float:
+        """0 at the start, 1 when the time is used up."""
+        return min(1.0, self.elapsed_s / self.budget_s)
+
+
+def learning_rate(progress: float, *, warmup: float = 0.01, flat: float = 0.0) -> float:
+    """Give the factor of the peak rate: a linear rise, a plateau, half a cosine down to zero.
+
+    Args:
+        progress: 0..1 of the run.
+        warmup: part of the run in which the rate rises.
+        flat: where the fall begins.
+    """
+    if progress < warmup:
+        return progress / warmup
+    fall = max(0.0, (progress - flat) / (1.0 - flat))
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, fall)))
+
+
+class MatrixMuon:
+    """Muon over weights of any number of axes, seen as matrices (rows, all the rest).
+
+    Args:
+        weights: of linear layers and convolutions.
+        rate: peak learning rate; an update's elements have the size that Adam's would have at a
+            fifth of it.
+        owner, owners: with several processes, each updates every owners-th weight and
+            `ranks.gather_updates` spreads the result.
+
+    Source: Jordan et al. 2024, "Muon"; torch.optim.Muon.
+    """
+
+    def __init__(
+        self, weights: Sequence[nn.Parameter], rate: float, *, owner: int = 0, owners: int = 1
+    ) -> None:
+        self.shares = [list(weights[share::owners]) for share in range(owners)]
+        self._own = self.shares[owner]
+        self._matrices = [nn.Parameter(weight.data.flatten(1)) for weight in self._own]
+        self.optimizer = Muon(
+            self._matrices,
+            lr=rate,
+            weight_decay=0.0,
+            momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
+        )
+
+    def step(self) -> None:
+        """Update this process's share from the weights' gradients."""
+        for matrix, weight in zip(self._matrices, self._own, strict=True):
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        self.optimizer.step()
+
+
+def set_rates(optimizers: Sequence[Optimizer], factor: float) -> None:
+    """Set every learning rate to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("peak_lr", group["lr"])
+            group["lr"] = group["peak_lr"] * factor
+
+
+class MovingAverage:
+    """Exponential moving average of the weights of several modules.
+
+    Args:
+        modules: their parameters are followed, in order.
+        decay: what is kept per step, once enough steps are made.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], decay: float) -> None:
+        self._modules = list(modules)
+        self._decay = decay
+        self._steps = 0
+        self.averages: list[Tensor] = [weight.detach().clone() for weight in self._weights()]
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [weight for module in self._modules for weight in module.parameters()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move every average towards its weight."""
+        self._steps += 1
+        decay = min(self._decay, self._steps / (self._steps + 10))
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateUsage]
+            self.averages, [weight.detach() for weight in self._weights()], 1.0 - decay
+        )
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and averages; a second call puts them back."""
+        for average, weight in zip(self.averages, self._weights(), strict=True):
+            kept = weight.detach().clone()
+            weight.copy_(average)
+            average.copy_(kept)
