@@ -4,7 +4,7 @@ A new family is one value here, one parity test and one workflow. No other file 
 family by name; where the data does not say enough, a field is missing here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Placement = Literal["as wired", "offset", "index", "single"]
@@ -21,6 +21,8 @@ class LatentSpec:
     scale: float  # the transformer sees scale * (latent - shift)
     shift: float
     id_axes: tuple[str, ...]
+    # Red, green, blue in -1..1 from each scaled channel, then what is added; () = ComfyUI's own.
+    preview_rgb: tuple[tuple[float, float, float], ...] = ()
 
     @property
     def token_width(self) -> int:
@@ -133,14 +135,28 @@ FLUX1_LATENT = LatentSpec(
 )
 # The nano autoencoder is trained so that FLUX.1's scale and shift normalise it too; the latents
 # still mean different pictures, hence a name of its own.
-NANO_FLUX1_LATENT = LatentSpec(
+NANO_FLUX1_LATENT = replace(
+    FLUX1_LATENT,
     name="FLUX.1 nano",
-    channels=16,
-    downscale=8,
-    patch=2,
-    scale=0.3611,
-    shift=0.1159,
-    id_axes=("index", "row", "column"),
+    preview_rgb=(  # least squares over drawn scenes
+        (0.20, -0.01, -0.13),
+        (-0.09, -0.17, -0.05),
+        (0.07, -0.13, -0.11),
+        (-0.12, 0.03, -0.05),
+        (-0.25, -0.08, 0.16),
+        (0.10, 0.03, 0.21),
+        (0.13, 0.13, -0.03),
+        (-0.04, 0.02, -0.04),
+        (0.15, -0.07, 0.06),
+        (0.00, 0.08, 0.23),
+        (0.05, 0.11, 0.16),
+        (0.18, 0.15, 0.09),
+        (0.09, 0.16, -0.08),
+        (0.03, -0.10, -0.03),
+        (0.26, 0.13, 0.06),
+        (0.04, -0.03, 0.07),
+        (0.15, -0.08, -0.21),
+    ),
 )
 LATENTS = {latent.name: latent for latent in (FLUX1_LATENT, NANO_FLUX1_LATENT)}
 
@@ -161,19 +177,7 @@ _FLUX1_TRANSFORMER = TransformerSpec(
     axes_dim=(16, 56, 56),
     theta=10_000.0,
 )
-_FLUX1_SCHNELL_TRANSFORMER = TransformerSpec(
-    hidden=3072,
-    double_blocks=19,
-    single_blocks=38,
-    mlp_ratio=4.0,
-    in_channels=64,
-    out_channels=64,
-    context_width=4096,
-    pooled_width=768,
-    has_guidance=False,
-    axes_dim=(16, 56, 56),
-    theta=10_000.0,
-)
+_FLUX1_SCHNELL_TRANSFORMER = replace(_FLUX1_TRANSFORMER, has_guidance=False)
 _KONTEXT_REFERENCE = ReferenceSpec(
     first_index=1.0, index_step=1.0, default_placement="offset", trained_with=1
 )
@@ -236,18 +240,13 @@ FLUX1_SCHNELL = FluxFamily(
 NANO_KONTEXT = FluxFamily(
     name="nano-kontext",
     title="Glassbox nano Kontext",
-    transformer=TransformerSpec(
+    transformer=replace(
+        _FLUX1_TRANSFORMER,
         hidden=256,
         double_blocks=2,
         single_blocks=4,
-        mlp_ratio=4.0,
-        in_channels=64,
-        out_channels=64,
         context_width=192,
         pooled_width=128,
-        has_guidance=True,
-        axes_dim=(16, 56, 56),
-        theta=10_000.0,
     ),
     latent=NANO_FLUX1_LATENT,
     text=TextSpec(clip_tokens=20, t5_tokens=20),

@@ -258,5 +258,9 @@ def _preview(previewer: Any, step: Step, target: Tokens) -> Any:
 
 
 def _latent_format(spec: LatentSpec) -> Any:
-    """Give ComfyUI's own description of a latent, for previews."""
-    return comfy.latent_formats.Flux()
+    """Describe a latent to ComfyUI's previews, in its own words where those fit."""
+    described = comfy.latent_formats.Flux()
+    if spec.preview_rgb:
+        *described.latent_rgb_factors, described.latent_rgb_factors_bias = spec.preview_rgb
+        described.taesd_decoder_name = None  # that one decodes FLUX.1's latents
+    return described
