@@ -74,8 +74,6 @@ class Frontend:
             "Comfy.TutorialCompleted": True,
             "Comfy.VueNodes.Enabled": self.nodes_2,
             "Comfy.Workflow.ShowMissingModelsWarning": False,
-            "Comfy.Canvas.SelectionToolbox": False,
-            "Comfy.Graph.LiveSelection": False,
         }
         self.comfy.post("/api/settings", settings)
         self.page.goto(self.comfy.url, wait_until="load")

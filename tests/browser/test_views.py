@@ -153,6 +153,17 @@ def test_unread_text_is_struck_out_until_the_prompt_changes(frontend: Frontend) 
     expect(cut).to_have_count(0)
 
 
+def test_info_button_shows_the_help_of_a_node(frontend: Frontend) -> None:
+    frontend.load_api(_graph())
+    frontend.focus(INSPECT)
+    frontend.on_node(INSPECT, "(node) => window.app.canvas.selectItems([node])")
+    frontend.page.get_by_test_id("info-button").click()
+    page = frontend.page
+    expect(page.get_by_role("heading", name="Inspect Tokens (FLUX)").last).to_be_visible()
+    expect(page.get_by_role("heading", name="Common mistakes")).to_be_visible()
+    page.get_by_label("Toggle properties panel").click()
+
+
 def _box(locator: Locator) -> Any:
     """Where an element is on the page, in px."""
     box = locator.bounding_box()
