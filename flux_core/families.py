@@ -21,6 +21,8 @@ class LatentSpec:
     scale: float  # the transformer sees scale * (latent - shift)
     shift: float
     id_axes: tuple[str, ...]
+    first_index: float  # where references begin on the first id axis; the target is at 0
+    index_step: float  # from one reference to the next, for placement "index"
     # Red, green, blue in -1..1 from each scaled channel, then what is added; () = ComfyUI's own.
     preview_rgb: tuple[tuple[float, float, float], ...] = ()
 
@@ -82,16 +84,6 @@ class TextSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceSpec:
-    """Where reference tokens go on the first id axis, and how many the model was trained on."""
-
-    first_index: float
-    index_step: float  # for placement "index"
-    default_placement: Placement
-    trained_with: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleSpec:
     """The resolution-dependent shift: mu is linear in the target's token count."""
 
@@ -111,7 +103,7 @@ class FluxFamily:
     transformer: TransformerSpec
     latent: LatentSpec
     text: TextSpec
-    reference: ReferenceSpec
+    trained_references: int  # how many references a picture had in training
     schedule: ScheduleSpec
     default_steps: int
     default_guidance: float
@@ -132,6 +124,8 @@ FLUX1_LATENT = LatentSpec(
     scale=0.3611,
     shift=0.1159,
     id_axes=("index", "row", "column"),
+    first_index=1.0,
+    index_step=1.0,
 )
 # The nano autoencoder is trained so that FLUX.1's scale and shift normalise it too; the latents
 # still mean different pictures, hence a name of its own.
@@ -178,12 +172,6 @@ _FLUX1_TRANSFORMER = TransformerSpec(
     theta=10_000.0,
 )
 _FLUX1_SCHNELL_TRANSFORMER = replace(_FLUX1_TRANSFORMER, has_guidance=False)
-_KONTEXT_REFERENCE = ReferenceSpec(
-    first_index=1.0, index_step=1.0, default_placement="offset", trained_with=1
-)
-_NO_REFERENCE = ReferenceSpec(
-    first_index=1.0, index_step=1.0, default_placement="offset", trained_with=0
-)
 
 FLUX1_KONTEXT = FluxFamily(
     name="flux1-kontext",
@@ -191,12 +179,12 @@ FLUX1_KONTEXT = FluxFamily(
     transformer=_FLUX1_TRANSFORMER,
     latent=FLUX1_LATENT,
     text=TextSpec(clip_tokens=77, t5_tokens=512),
-    reference=_KONTEXT_REFERENCE,
+    trained_references=1,
     schedule=ScheduleSpec(),
     default_steps=30,
     default_guidance=2.5,
     file_hints=("kontext",),
-    source="black-forest-labs/flux@802fb47 src/flux/util.py configs, src/flux/sampling.py",
+    source="black-forest-labs/flux@802fb47 src/flux/util.py configs, src/flux/cli_kontext.py",
 )
 FLUX1_DEV = FluxFamily(
     name="flux1-dev",
@@ -204,7 +192,7 @@ FLUX1_DEV = FluxFamily(
     transformer=_FLUX1_TRANSFORMER,
     latent=FLUX1_LATENT,
     text=TextSpec(clip_tokens=77, t5_tokens=512),
-    reference=_NO_REFERENCE,
+    trained_references=0,
     schedule=ScheduleSpec(),
     default_steps=50,
     default_guidance=2.5,
@@ -217,12 +205,12 @@ FLUX1_KREA = FluxFamily(
     transformer=_FLUX1_TRANSFORMER,
     latent=FLUX1_LATENT,
     text=TextSpec(clip_tokens=77, t5_tokens=512),
-    reference=_NO_REFERENCE,
+    trained_references=0,
     schedule=ScheduleSpec(),
     default_steps=50,
     default_guidance=2.5,
     file_hints=("krea",),
-    source="black-forest-labs/flux@802fb47 src/flux/util.py configs",
+    source="black-forest-labs/flux@802fb47 src/flux/util.py configs, src/flux/cli.py",
 )
 FLUX1_SCHNELL = FluxFamily(
     name="flux1-schnell",
@@ -230,10 +218,10 @@ FLUX1_SCHNELL = FluxFamily(
     transformer=_FLUX1_SCHNELL_TRANSFORMER,
     latent=FLUX1_LATENT,
     text=TextSpec(clip_tokens=77, t5_tokens=256),
-    reference=_NO_REFERENCE,
+    trained_references=0,
     schedule=ScheduleSpec(shifted=False),
     default_steps=4,
-    default_guidance=0.0,
+    default_guidance=0.0,  # huggingface/diffusers; it has no guidance input
     file_hints=("schnell",),
     source="black-forest-labs/flux@802fb47 src/flux/util.py configs, src/flux/cli.py",
 )
@@ -250,7 +238,7 @@ NANO_KONTEXT = FluxFamily(
     ),
     latent=NANO_FLUX1_LATENT,
     text=TextSpec(clip_tokens=20, t5_tokens=20),
-    reference=_KONTEXT_REFERENCE,
+    trained_references=1,
     schedule=ScheduleSpec(),
     default_steps=8,
     default_guidance=1.0,
@@ -268,11 +256,3 @@ FAMILIES = {
     family.name: family
     for family in (NANO_KONTEXT, FLUX1_KONTEXT, FLUX1_KREA, FLUX1_SCHNELL, FLUX1_DEV)
 }
-
-
-def reference_rule(latent: LatentSpec) -> ReferenceSpec:
-    """Give the rule for references of a latent; they are placed before a model is chosen.
-
-    Every family that shares a latent shares where its references go.
-    """
-    return next(family.reference for family in FAMILIES.values() if family.latent == latent)

@@ -80,7 +80,7 @@ class ModelHandle:
             GlassboxError: inputs that do not go together, or more than memory holds.
         """
         steps = len(sigmas) - 1
-        self._make_room(conditioning, noise, steps, passes=2 if cfg else 1)
+        self._make_room(conditioning, noise, steps, cfg)
         host.tell(sampling_notes(self.network, conditioning, steps=steps, cfg=cfg))
         here = replace(noise, values=noise.values.to(self.device))
         run = denoise(self.network, conditioning, here, sigmas, cfg=cfg, solver=solver)
@@ -88,7 +88,7 @@ class ModelHandle:
         return finish(host.to_outputs(last.x), noise)
 
     def _make_room(
-        self, conditioning: Conditioning, noise: Tokens, steps: int, passes: int
+        self, conditioning: Conditioning, noise: Tokens, steps: int, cfg: TrueCFG | None
     ) -> None:
         """Ask for the memory of a run before it starts.
 
@@ -98,8 +98,11 @@ class ModelHandle:
         counts = [one.ids.shape[0] for one in (noise, *conditioning.references)]
         tokens = conditioning.text.txt.shape[1] + sum(counts)
         spec, size = self.network.spec, self.dtype.itemsize
-        batch = passes * noise.values.shape[0]
-        needed = memory.plan_bytes(spec, steps, batch, size)
+        batch = noise.values.shape[0]
+        twice = cfg is not None and len(cfg.window(steps)) > 0
+        needed = memory.plan_bytes(spec, steps, 2 * batch if twice else batch, size)
+        if cfg is not None and twice and cfg.passes == "batched":
+            batch *= 2
         needed += memory.transformer_bytes(spec, tokens, batch, size)
         memory.require_memory(
             needed,

@@ -3,9 +3,9 @@
 from comfy_api.latest import io
 from typing_extensions import override
 
-from ..flux_core.families import Placement, reference_rule
+from ..flux_core.families import Placement
 from ..flux_core.tokens.references import place_references
-from ..flux_core.values import Conditioning, TextFeatures, Tokens
+from ..flux_core.values import Conditioning
 from .sockets import ConditioningSocket, TextSocket, TokensSocket
 
 _MAX_REFERENCES = 100  # ComfyUI's own limit for inputs that grow
@@ -67,14 +67,5 @@ class ReferenceConditioner(io.ComfyNode):
     ) -> io.NodeOutput:
         wired = references or {}
         ordered = [wired[name] for name in _NAMES if wired.get(name) is not None]
-        return io.NodeOutput(_condition(text, ordered, placement, guidance))
-
-
-def _condition(
-    text: TextFeatures, references: list[Tokens], placement: Placement, guidance: float
-) -> Conditioning:
-    placed: tuple[Tokens, ...] = ()
-    if references:
-        rule = reference_rule(references[0].latent)
-        placed = place_references(references, placement, rule)
-    return Conditioning(text=text, references=placed, guidance=guidance)
+        placed = place_references(ordered, placement)
+        return io.NodeOutput(Conditioning(text=text, references=placed, guidance=guidance))

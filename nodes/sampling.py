@@ -92,10 +92,10 @@ class Schedule(io.ComfyNode):
                 TokensSocket.Input("noise", tooltip="From Noise: its token count sets the shift."),
                 io.Int.Input(
                     "steps",
-                    default=28,
+                    default=30,
                     min=1,
                     max=1000,
-                    tooltip="1 to 1000. Kontext 28, schnell 4, nano 8.",
+                    tooltip="1 to 1000. Kontext 30, schnell 4, nano 8.",
                 ),
                 io.Combo.Input(
                     "kind",

@@ -2,8 +2,8 @@
 
 Key names are the published ones, so a checkpoint loads without a map.
 Source: black-forest-labs/flux@802fb47 src/flux/modules/autoencoder.py.
-Deviation: `encode` gives the mode unless a generator is handed in, and neither direction applies
-the transformer's scale and shift; those belong to the plan (LatentSpec).
+Deviation: neither direction applies the transformer's scale and shift; those belong to the plan
+(LatentSpec). A sample's spread is clamped as huggingface/diffusers 0.42.1 does.
 """
 
 import torch
@@ -82,7 +82,7 @@ class _Attention(nn.Module):
         batch, channels, rows, columns = x.shape
         normed = self.norm(x)
         q, k, v = (
-            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, h w, C)
+            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # (B, 1, h w, C)
             for layer in (self.q, self.k, self.v)
         )
         h = F.scaled_dot_product_attention(q, k, v)
@@ -207,7 +207,7 @@ class Autoencoder(nn.Module):
 
         Args:
             pixels: (B, 3, H, W) in -1..1; sides are multiples of the downscale factor.
-            generator: None gives the posterior's mode; a CPU generator draws a sample.
+            generator: None gives the posterior's mode, as published; a CPU generator a sample.
 
         Returns:
             (B, C, H/8, W/8), unscaled.

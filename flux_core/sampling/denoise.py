@@ -106,11 +106,17 @@ def sampling_notes(
         notes.append(f"guidance {guidance:g} is ignored: {family.title} has no guidance input.")
     if network.spec.has_guidance and guidance is None:
         notes.append(f"guidance is {family.default_guidance:g}, the default of {family.title}.")
-    count, trained = len(conditioning.references), family.reference.trained_with
+    count, trained = len(conditioning.references), family.trained_references
     if count > trained:
         notes.append(
             f"{count} references are given; {family.title} was trained with "
             f"{trained if trained else 'none'}."
+        )
+    length = conditioning.text.txt.shape[1]
+    if length > family.text.t5_tokens:
+        notes.append(
+            f"the text is {length} tokens long; {family.title} was trained with "
+            f"{family.text.t5_tokens}: set t5_tokens on 'Encode Text (FLUX)'."
         )
     if cfg is not None:
         twice = len(cfg.window(steps))

@@ -7,22 +7,19 @@
 from collections.abc import Sequence
 
 from ..errors import SettingError
-from ..families import Placement, ReferenceSpec
+from ..families import Placement
 from ..values import Tokens
 from .ids import place
 
 
-def place_references(
-    references: Sequence[Tokens], placement: Placement, rule: ReferenceSpec
-) -> tuple[Tokens, ...]:
+def place_references(references: Sequence[Tokens], placement: Placement) -> tuple[Tokens, ...]:
     """Give every reference its ids.
 
     Args:
         references: in the order they were wired.
         placement: "as wired" keeps the ids they came with; "single" puts one reference at the
-            family's first index; "index" counts the first axis up; "offset" keeps the first
+            latent's first index; "index" counts the first axis up; "offset" keeps the first
             index and tiles the references over rows and columns.
-        rule: the family's first index and step.
 
     Returns:
         The same values with new ids, in the same order.
@@ -30,7 +27,7 @@ def place_references(
     Raises:
         SettingError: "single" with more than one reference.
 
-    Source: comfyanonymous/ComfyUI comfy/ldm/flux/model.py _forward (offset, index);
+    Source: Comfy-Org/ComfyUI@14b05228 comfy/ldm/flux/model.py _forward (offset, index);
     black-forest-labs/flux@802fb47 src/flux/sampling.py prepare_kontext (single).
     """
     if placement == "as wired":
@@ -43,13 +40,13 @@ def place_references(
         )
     if placement == "index":
         return tuple(
-            place(tokens, index=rule.first_index + rule.index_step * number)
+            place(tokens, index=tokens.latent.first_index + tokens.latent.index_step * number)
             for number, tokens in enumerate(references)
         )
-    return _tile(references, rule.first_index)
+    return _tile(references)
 
 
-def _tile(references: Sequence[Tokens], index: float) -> tuple[Tokens, ...]:
+def _tile(references: Sequence[Tokens]) -> tuple[Tokens, ...]:
     """Put each reference right of or below the ones before it, where the canvas grows least."""
     height = width = 0  # extent so far, in tokens
     placed: list[Tokens] = []
@@ -57,6 +54,6 @@ def _tile(references: Sequence[Tokens], index: float) -> tuple[Tokens, ...]:
         rows, columns = tokens.grid
         below = rows + height <= columns + width
         row, column = (height, 0) if below else (0, width)
-        placed.append(place(tokens, index=index, row=row, column=column))
+        placed.append(place(tokens, index=tokens.latent.first_index, row=row, column=column))
         height, width = max(height, rows + row), max(width, columns + column)
     return tuple(placed)

@@ -3,13 +3,14 @@
 import logging
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..families import AutoencoderSpec, LatentSpec
 from ..image.autoencoder import Autoencoder
@@ -71,25 +72,57 @@ def train_autoencoder(
     """
     torch.manual_seed(seed)
     model = Autoencoder(spec)
+    pictures = _train(rank, model, list(model.parameters()), autoencoder_loss, seed, budget_s, batch)
+    if rank.leads:
+        set_unit_size(model.eval(), random_pictures(pictures, 256))
+        save_file(model.state_dict(), out)
+
+
+def decoder_loss(model: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Reconstruction from the latent's mode; gradients reach the decoder alone."""
+    with torch.no_grad():
+        latent = model.encode(pixels).float()
+    latent += 0.5 * LATENT_NOISE / model.spec.latent.scale * torch.randn_like(latent)
+    squared = (model.decode(latent).float() - pixels).square()
+    # the mean over pictures of the logarithm is what is reported in dB
+    each = squared.mean(dim=(1, 2, 3))
+    return torch.log(each + 1e-5).mean(), each.detach().mean() / 4.0
+
+
+def polish_decoder(
+    rank: Rank, model: Autoencoder, out: Path, *, seed: int, budget_s: float, batch: int = 8
+) -> None:
+    """Train the decoder on, with the encoder and so the latent as they are."""
+    weights = list(model.decoder.requires_grad_(True).parameters())
+    _train(rank, model, weights, decoder_loss, seed + 1, budget_s, batch, 0.4)
+    if rank.leads:
+        save_file(model.state_dict(), out)
+
+
+def _train(
+    rank: Rank,
+    model: Autoencoder,
+    weights: list[nn.Parameter],
+    measure: Callable[[Autoencoder, Tensor], tuple[Tensor, Tensor]],
+    seed: int,
+    budget_s: float,
+    batch: int,
+    pace: float = 1.0,
+) -> random.Random:
+    """Minimise a loss over random pictures; leaves the averaged weights in the model."""
     rng = random.Random(seed * 1000 + rank.index)
     torch.manual_seed(seed * 1000 + rank.index)
-    weights = list(model.parameters())
-    muon = MatrixMuon(
-        [weight for weight in weights if weight.ndim > 1],
-        0.01,
-        owner=rank.index,
-        owners=rank.count,
-    )
-    adam = torch.optim.AdamW(
-        [weight for weight in weights if weight.ndim == 1], lr=2e-3, weight_decay=0.0
-    )
+    matrices = [weight for weight in weights if weight.ndim > 1]
+    muon = MatrixMuon(matrices, 0.01 * pace, owner=rank.index, owners=rank.count)
+    vectors = [weight for weight in weights if weight.ndim == 1]
+    adam = torch.optim.AdamW(vectors, lr=2e-3 * pace, weight_decay=0.0)
     average = MovingAverage([model], 0.995)
     clock, step, progress = Clock(budget_s), 0, 0.0
     while progress < 1.0:
         (progress,) = share_from_lead([clock.progress], rank)
         set_rates([muon.optimizer, adam], learning_rate(progress, warmup=0.03, flat=0.3))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, error = autoencoder_loss(model, random_pictures(rng, batch))
+            loss, error = measure(model, random_pictures(rng, batch))
         model.zero_grad()
         loss.backward()
         average_gradients(weights, rank)
@@ -102,10 +135,8 @@ def train_autoencoder(
         if step % 50 == 0 and rank.leads:
             psnr = -10.0 * math.log10(max(float(error), 1e-12))
             logger.info("autoencoder step %d, %.0f s: %.1f dB", step, clock.elapsed_s, psnr)
-    if rank.leads:
-        average.swap()
-        set_unit_size(model.eval(), random_pictures(rng, 256))
-        save_file(model.state_dict(), out)
+    average.swap()
+    return rng
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def predictor(
     """Make the network's velocity a function of x and sigma; target and reference share a grid."""
     places = [text_ids(batch.txt.shape[1], latent), image_ids(grid, latent)]
     if batch.reference is not None:
-        places.append(image_ids(grid, latent, index=network.family.reference.first_index))
+        places.append(image_ids(grid, latent, index=latent.first_index))
     rope = rope_tables(torch.cat(places), network.spec.axes_dim, network.spec.theta)
 
     def predict(x: TokenValues, sigma: Tensor) -> TokenValues:

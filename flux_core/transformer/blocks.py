@@ -19,6 +19,7 @@ from .modulation import Shift
 from .rope import Rope, rotate
 
 NORM_EPS = 1e-6
+_HALF_MAX = 65504.0
 
 
 def modulate(x: Tensor, mod: Shift) -> Tensor:
@@ -34,6 +35,14 @@ def add_gated(x: Tensor, mod: Shift, change: Tensor) -> Tensor:
     """Add a block's output through its gate."""
     assert mod.gate is not None
     return torch.addcmul(x, mod.gate, change)
+
+
+def keep_finite(x: Tensor) -> Tensor:
+    """Clip float16 to what it can hold, where the published weights overflow it.
+
+    Source: huggingface/diffusers 0.42.1 models/transformers/transformer_flux.py.
+    """
+    return x.clip(-_HALF_MAX, _HALF_MAX) if x.dtype == torch.float16 else x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,7 +132,7 @@ class DoubleBlock(nn.Module):
         img = add_gated(img, img_mod[1], self.img_mlp(modulate(img, img_mod[1])))
         txt = add_gated(txt, txt_mod[0], self.txt_attn.proj(joint[:, :length]))
         txt = add_gated(txt, txt_mod[1], self.txt_mlp(modulate(txt, txt_mod[1])))
-        return img, txt
+        return img, keep_finite(txt)
 
 
 class SingleBlock(nn.Module):
@@ -145,4 +154,4 @@ class SingleBlock(nn.Module):
         attention = attend(q[:, wanted], k, v)
         inner = F.gelu(projected[:, wanted, 3 * self.hidden :], approximate="tanh")
         change = self.linear2(torch.cat((attention, inner), dim=-1))
-        return add_gated(x[:, wanted], mod, change)
+        return keep_finite(add_gated(x[:, wanted], mod, change))

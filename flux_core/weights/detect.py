@@ -51,6 +51,10 @@ class Known:
     why: str
 
 
+_OWN_SHAPE = Known(False, "known by its shape")
+_SHARED_SHAPE = Known(True, "guessed from its shape, which SD3's autoencoder has too")
+
+
 def spec_of_flux1(shapes: Shapes) -> TransformerSpec:
     """Read the sizes of a FLUX.1 transformer.
 
@@ -117,7 +121,9 @@ def spec_of_autoencoder(
         own = replace(found, norm_groups=known.norm_groups, latent=known.latent)
         if known.latent == said.latent if said else known == own:
             found = own
-            how = Known(False, "named in the file" if said else "known by its shape")
+            how = Known(False, "named in the file")
+            if not said:
+                how = _SHARED_SHAPE if known == FLUX1_AUTOENCODER else _OWN_SHAPE
             break
     latent, factor = _sized(shapes, "decoder.conv_in.weight")[1:2], 2 ** (levels - 1)
     needed = found.latent
@@ -158,7 +164,7 @@ def choose_family(
     fitting = [one for one in FAMILIES.values() if _fits(spec, one)]
     same = [one for one in fitting if one.transformer == spec]
     if len(same) == 1:
-        return same[0], Known(False, "known by its shape")
+        return same[0], _OWN_SHAPE
     name = _plain(_telling_name(path))
     for family in same or fitting:
         if any(_plain(hint) in name for hint in family.file_hints):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glassbox.flux_core.errors import SettingError, ShapeError
-from glassbox.flux_core.families import FLUX1_KONTEXT, FLUX1_LATENT
+from glassbox.flux_core.families import FLUX1_LATENT
 from glassbox.flux_core.tokens.ids import image_ids, place, text_ids
 from glassbox.flux_core.tokens.pack import latent_tokens, pack_latent, tokens_latent
 from glassbox.flux_core.tokens.references import place_references
@@ -64,26 +64,26 @@ def test_three_references_go_where_the_convention_says(placement, corners):
     # ComfyUI's rule: the second would make 4+9 rows below, 6+2 columns beside: beside. The third
     # 9+2 rows below, 8+4 columns beside: below.
     grids = ((4, 6), (9, 2), (2, 4))
-    placed = place_references(_references(*grids), placement, FLUX1_KONTEXT.reference)
+    placed = place_references(_references(*grids), placement)
     assert _corners(placed) == corners
 
 
 def test_wired_places_are_kept_and_values_are_never_touched():
     references = [place(one, index=7, row=1, column=2) for one in _references((2, 2), (3, 1))]
     for placement in ("as wired", "offset", "index"):
-        placed = place_references(references, placement, FLUX1_KONTEXT.reference)
+        placed = place_references(references, placement)
         assert all(a.values is b.values for a, b in zip(placed, references, strict=True))
-    kept = place_references(references, "as wired", FLUX1_KONTEXT.reference)
+    kept = place_references(references, "as wired")
     assert _corners(kept) == [[7, 1, 2], [7, 1, 2]]
 
 
 def test_the_published_rule_takes_one_reference():
-    one = place_references(_references((2, 3)), "single", FLUX1_KONTEXT.reference)
+    one = place_references(_references((2, 3)), "single")
     assert _corners(one) == [[1, 0, 0]]
     with pytest.raises(SettingError, match="2 references"):
-        place_references(_references((2, 3), (2, 2)), "single", FLUX1_KONTEXT.reference)
+        place_references(_references((2, 3), (2, 2)), "single")
 
 
 @pytest.mark.parametrize("placement", ["as wired", "offset", "index", "single"])
 def test_no_reference_is_text_to_image(placement):
-    assert place_references([], placement, FLUX1_KONTEXT.reference) == ()
+    assert place_references([], placement) == ()

@@ -97,8 +97,7 @@ def _ours(latents: list[Any], placement: str) -> tuple[Any, Any]:
     pack = importlib.import_module(f"{probe.PACK}.flux_core.tokens.pack")
     references = importlib.import_module(f"{probe.PACK}.flux_core.tokens.references")
     tokens = [pack.latent_tokens(latent, families.FLUX1_LATENT) for latent in latents]
-    rule = families.FLUX1_KONTEXT.reference
-    sequence = [tokens[0], *references.place_references(tokens[1:], placement, rule)]
+    sequence = [tokens[0], *references.place_references(tokens[1:], placement)]
     values = torch.cat([one.values for one in sequence], dim=1)
     return values, torch.cat([one.ids for one in sequence])
 

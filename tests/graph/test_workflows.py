@@ -5,6 +5,8 @@ import re
 from typing import Any
 
 import pytest
+from PIL import Image
+
 from glassbox.tests.graph.server import Comfy, comfyui_path
 from glassbox.tests.graph.workflows import (
     FOLDER,
@@ -22,7 +24,6 @@ from glassbox.tests.graph.workflows import (
     upload_pictures,
     widget_names,
 )
-from PIL import Image
 
 pytestmark = pytest.mark.graph
 Json = dict[str, Any]

@@ -177,7 +177,7 @@ def run_ours(both: Both, job: Job, passes: str = "batched") -> tuple[Tensor, Ten
         image = torch.from_numpy(np.array(picture(*job.reference)))[None].float() / 255
         latent = both.autoencoder.encode(to_pixels(image))
         references = place_references(
-            [latent_tokens(latent, family.latent)], "single", family.reference
+            [latent_tokens(latent, family.latent)], "single"
         )
 
     def condition(prompt: str, prompt_2: str) -> Conditioning:
