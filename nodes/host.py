@@ -190,6 +190,9 @@ def bring_whole(patcher: Any) -> None:
 
 def send_away(patcher: Any) -> None:
     """Free what one model holds where it computes, and leave every other model in place."""
+    if patcher.is_dynamic():  # keeps its pinned copy in RAM, so that it comes back fast
+        patcher.partially_unload(patcher.offload_device, patcher.loaded_size())
+        return
     loaded = mm.current_loaded_models
     if any(one.model is patcher for one in loaded):
         others = [one for one in loaded if one.model is not patcher]
@@ -259,7 +262,7 @@ def _preview(previewer: Any, step: Step, target: Tokens) -> Any:
 
 def _latent_format(spec: LatentSpec) -> Any:
     """Describe a latent to ComfyUI's previews, in its own words where those fit."""
-    described = comfy.latent_formats.Flux()
+    described: Any = comfy.latent_formats.Flux()
     if spec.preview_rgb:
         *described.latent_rgb_factors, described.latent_rgb_factors_bias = spec.preview_rgb
         described.taesd_decoder_name = None  # that one decodes FLUX.1's latents

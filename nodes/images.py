@@ -56,6 +56,7 @@ class FitImage(io.ComfyNode):
                 io.Combo.Input(
                     "method",
                     options=["crop", "pad", "stretch"],
+                    default="stretch",
                     tooltip="crop cuts what is too much, pad repeats the edge where something is "
                     "missing, stretch changes the proportions.",
                 ),
@@ -105,8 +106,8 @@ class EncodeAndPack(io.ComfyNode):
                 io.Combo.Input(
                     "posterior",
                     options=["mode", "sample"],
-                    tooltip="mode: the same latent every time, as ComfyUI and diffusers do. "
-                    "sample: drawn with the seed, as the published code does.",
+                    tooltip="mode: the same latent every time, as published. "
+                    "sample: drawn from the posterior with the seed.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -27,8 +27,8 @@ class EncodeText(io.ComfyNode):
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What to make, or what to change. CLIP-L takes 77 tokens, T5 512; both "
-                    "counts hold two or one marks.",
+                    tooltip="What to make, or what to change. CLIP-L takes 77 tokens, T5 512, "
+                    "their begin and end marks included.",
                 ),
                 io.String.Input(
                     "prompt_2",
@@ -44,7 +44,7 @@ class EncodeText(io.ComfyNode):
                     max=512,
                     advanced=True,
                     tooltip="Length T5's text is padded or cut to, 1 to 512 tokens; 0 is the "
-                    "encoders' own, 512. FLUX.1 [schnell] was trained with 256.",
+                    "encoders' own: 512 for FLUX.1. FLUX.1 [schnell] was trained with 256.",
                 ),
             ],
             outputs=[
