@@ -46,10 +46,9 @@ def _run_afresh(frontend: Frontend) -> Json:
         frontend.comfy.free()  # done a moment after it is answered
         time.sleep(1)
         history = frontend.comfy.wait(frontend.run())
-        cached = [
-            data for kind, data in history["status"]["messages"] if kind == "execution_cached"
-        ]
-        if not any(data["nodes"] for data in cached):
+        messages = history["status"]["messages"]
+        cached = [data["nodes"] for kind, data in messages if kind == "execution_cached"]
+        if not any(cached):
             return history
     raise AssertionError("ComfyUI has kept results through /free")
 
