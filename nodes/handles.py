@@ -199,4 +199,5 @@ class AutoencoderHandle:
             f"{job} a picture of {width}x{height}",
             "make it smaller with 'Fit Image (FLUX)'.",
         )
-        host.bring([self.patcher], needed)
+        # Twice, as ComfyUI does for its own autoencoders: GPU kernels want room to work in.
+        host.bring([self.patcher], 2 * needed)

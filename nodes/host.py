@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..flux_core.errors import CheckpointError, SettingError
 from ..flux_core.families import LatentSpec
+from ..flux_core.nano.paths import DIFFUSION_MODELS
 from ..flux_core.operations import Operations
 from ..flux_core.sampling.solver import Step
 from ..flux_core.tokens.pack import unpack_tokens
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_CHOICES = ["auto", *DTYPES]
 MAX_SIDE_PX = 16384  # ComfyUI's own MAX_RESOLUTION
-_NANO_MODELS = Path(__file__).parents[1] / "flux_core" / "nano" / "diffusion_models"
 _SHARE_OF_RAM = 0.5  # float32 on a CPU only if the weights fill at most this much of free memory
 
 
@@ -40,7 +40,7 @@ _SHARE_OF_RAM = 0.5  # float32 on a CPU only if the weights fill at most this mu
 
 def add_nano_models() -> None:
     """Let every loader of diffusion models see the embedded one; what is listed stays first."""
-    folder_paths.add_model_folder_path("diffusion_models", str(_NANO_MODELS), is_default=False)
+    folder_paths.add_model_folder_path("diffusion_models", str(DIFFUSION_MODELS), is_default=False)
 
 
 def model_names(folder: str) -> list[str]:

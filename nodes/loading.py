@@ -1,4 +1,4 @@
-"""From files to handles: each file is loaded once, however many loaders name it.
+"""From files to handles: loaders of one file with the same settings share one copy.
 
 The registry is weak: it keeps no model alive. Modules that take long to import are imported when
 a model is first loaded.
@@ -85,7 +85,8 @@ def load_text_encoders(
         )
         return TextEncodersHandle(encoders)
 
-    return shared(("text", identity(files), dtype, clip_tokenizer, t5_tokenizer), load)
+    key = ("text", frozenset(identity(files)), dtype, clip_tokenizer, t5_tokenizer, text)
+    return shared(key, load)
 
 
 def load_nano() -> tuple[ModelHandle, TextEncodersHandle, AutoencoderHandle]:
