@@ -66,6 +66,7 @@ class Flux1(nn.Module):
 
         Raises:
             FamilyMismatchError, ShapeError: text or tokens of another model.
+            SettingError: no guidance for a network that has the input.
         """
         for conditioning in conditionings:
             self._check(conditioning, target)
@@ -127,13 +128,13 @@ class Flux1(nn.Module):
         assert pooled is not None  # checked
         pooled = pooled.to(device, self._dtype())
         batch = pooled.shape[0]
-        guidance = conditioning.guidance
-        if guidance is None:
-            guidance = self.family.default_guidance
-        strength = torch.full((batch,), guidance, dtype=torch.float32, device=device)
+        guidance = None
+        if conditioning.guidance is not None:
+            guidance = torch.full((batch,), conditioning.guidance, device=device)
         # One row at a time: a GEMM over all steps rounds differently in bfloat16.
         return [
-            self.modulation(torch.full_like(strength, sigma), pooled, strength) for sigma in steps
+            self.modulation(torch.full((batch,), sigma, device=device), pooled, guidance)
+            for sigma in steps
         ]
 
     def _plan(
@@ -174,6 +175,8 @@ class Flux1(nn.Module):
             )
         batch = target.values.shape[0]
         named = [("text", text.txt.shape[0])]
+        if text.pooled is not None:
+            named.append(("pooled text", text.pooled.shape[0]))
         for number, tokens in enumerate(conditioning.references, 1):
             named.append((f"reference {number}", tokens.values.shape[0]))
             if tokens.latent != self.family.latent:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..families import TransformerSpec
 from ..operations import Operations, torch_operations
 
@@ -141,12 +142,19 @@ class Flux1Modulation(nn.Module):
             t: (B,) sigma in 0..1, float32.
             pooled: (B, P); its dtype is the dtype of the computation.
             guidance: (B,) float32; not used by a model without a guidance input.
+
+        Raises:
+            SettingError: a model with a guidance input is given none.
         """
         dtype = pooled.dtype
         vec = self.time_in(timestep_embedding(t).to(dtype))
         if hasattr(self, "guidance_in"):
             if guidance is None:
-                raise ValueError("this model has a guidance input; guidance is None")
+                raise SettingError(
+                    "No guidance is given.",
+                    "a number: the network has a guidance input.",
+                    "set guidance on 'Reference Conditioner (FLUX)'.",
+                )
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
         vec = vec + self.vector_in(pooled)
         activated = F.silu(vec)
