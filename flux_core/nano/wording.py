@@ -95,7 +95,8 @@ def caption_sentence(
         for kind, colour, place in parts
     ]
     ground = f"{article(background)} {background}"
-    return rng.choice(_CAPTION).format(shapes=" and ".join(names), ground=ground)
+    wording = rng.choice(_CAPTION[:1] if say_places else _CAPTION)  # the others would not fit
+    return wording.format(shapes=" and ".join(names), ground=ground)
 
 
 def article(word: str) -> str:

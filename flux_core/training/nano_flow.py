@@ -12,14 +12,14 @@ from ..families import NANO_KONTEXT
 from ..image.autoencoder import Autoencoder
 from ..nano.world import COLOURS, KINDS, SIDE_PX
 from .flow import FlowBatch, flow_loss, logit_normal, predictor
-from .nano_model import ACTIONS, NanoText, TeachingHeads, fresh_transformer
+from .nano_model import ACTIONS, Lesson, NanoText, TeachingHeads, fresh_transformer
 from .nano_pool import TOKEN_PX, Pair, ScenePool, changed_tokens, draw_pairs, spoken
 from .optim import Clock, MatrixMuon, MovingAverage, learning_rate, set_rates
 from .ranks import Rank, average_gradients, gather_updates, share_from_lead
 
 logger = logging.getLogger(__name__)
 CHANGED_WEIGHT = 3.0  # beside the 1 of every token
-CAPTION_EVERY = 10  # steps
+CAPTION_EVERY = 9  # steps
 GROW_EVERY = 3  # steps
 _NONE = -100
 
@@ -48,7 +48,7 @@ class NanoTrainer:
         torch.manual_seed(settings.seed)
         self.rank, self.settings = rank, settings
         self.network, self.text = fresh_transformer(), NanoText()
-        self.heads = TeachingHeads(self.network)
+        self.heads = TeachingHeads(self.network, SIDE_PX // TOKEN_PX)
         self.modules: list[nn.Module] = [self.network, self.text, self.heads]
         self.weights = [weight for module in self.modules for weight in module.parameters()]
         self.muon, self.adam = self._optimizers()
@@ -131,10 +131,16 @@ class NanoTrainer:
         told = {"flow": float(loss.detach())}
         if reference is None:
             return loss + 0.0 * self._untaught(), {"captions": told["flow"]}
-        kinds = torch.stack([picture.kinds for picture in before])
-        colours = torch.stack([picture.colours for picture in before])
-        wishes = torch.tensor([_wish(p, text) for p, text in zip(pairs, prompts, strict=True)])
-        taught, parts = self.heads.loss(kinds, colours, changed, wishes, pooled)
+        after = [pair.after for pair in pairs]
+        lesson = Lesson(
+            kinds=torch.stack([picture.kinds for picture in before]),
+            colours=torch.stack([picture.colours for picture in before]),
+            goal_kinds=torch.stack([picture.kinds for picture in after]),
+            goal_colours=torch.stack([picture.colours for picture in after]),
+            changed=changed,
+            wishes=torch.tensor([_wish(p, text) for p, text in zip(pairs, prompts, strict=True)]),
+        )
+        taught, parts = self.heads.loss(lesson, pooled)
         strength = 0.3 * max(0.0, 1.0 - self.progress / self.settings.teach_until)
         return loss + (strength + 0.02) * taught, told | parts
 
@@ -209,7 +215,7 @@ def load_checkpoint(trainer: NanoTrainer, path: Path) -> float:
     """Take a run up again; give the seconds it has used."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     for module, weights in zip(trainer.modules, state["modules"], strict=True):
-        module.load_state_dict(weights)
+        module.load_state_dict(weights, strict=module is not trainer.heads)
     for average, kept in zip(trainer.average.averages, state["averages"], strict=True):
         average.copy_(kept)
     trainer.step = int(state["step"])

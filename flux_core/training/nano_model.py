@@ -2,21 +2,31 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families import NANO_KONTEXT
+from ..families import NANO_KONTEXT, TransformerSpec
 from ..nano.paths import CLIP_TOKENIZER, T5_TOKENIZER
 from ..nano.world import COLOURS, KINDS
+from ..operations import torch_operations
 from ..text.modules import ClipSpec, T5Spec, build_clip, build_t5
 from ..text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from ..operations import torch_operations
 from ..transformer.flux1 import Flux1, build_flux1
 
 ACTIONS = ("recolour", "background", "remove", "add", "caption")
-_IGNORE = -100
+WEIGHTS = {
+    "kind": 1.0,
+    "colour": 0.5,
+    "row": 0.3,
+    "column": 0.3,
+    "goal": 1.0,
+    "paint": 0.5,
+    "change": 1.0,
+    "wish": 0.2,
+}
 
 
 def nano_text_specs() -> tuple[ClipSpec, T5Spec]:
@@ -101,12 +111,12 @@ class NanoText(nn.Module):
         return self._known[prompt]
 
 
-def fresh_transformer() -> Flux1:
-    """Build the nano transformer with weights that change nothing at first.
+def fresh_transformer(spec: TransformerSpec | None = None) -> Flux1:
+    """Build the nano transformer, or one of another shape, with weights to train.
 
     Modulation and the last layer start at zero, so every block starts as the identity.
     """
-    network = build_flux1(NANO_KONTEXT)
+    network = build_flux1(NANO_KONTEXT, spec)
     for name, weight in network.named_parameters():
         if name.endswith("scale"):
             nn.init.ones_(weight)
@@ -117,23 +127,40 @@ def fresh_transformer() -> Flux1:
     return network
 
 
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What the heads should say about a batch; -100 where it is not known or not said."""
+
+    kinds: Tensor  # (B, N) of the reference's tokens: 0 background, 1.. KINDS
+    colours: Tensor  # (B, N)
+    goal_kinds: Tensor  # (B, N) of the target's
+    goal_colours: Tensor
+    changed: Tensor  # (B, N) bool, which target tokens change
+    wishes: Tensor  # (B, 3) action, kind meant, colour asked for
+
+
 class TeachingHeads(nn.Module):
     """What the network has to know half-way: read off its tokens while training, then dropped.
 
     After the double blocks each reference token says which kind of shape it belongs to and its
-    colour, and the text says what is asked; after `MIDDLE` single blocks each target token says
-    whether it will change.
+    colour, and each target token its row and column, which it can only know from the text's
+    place at the origin; after `MIDDLE` single blocks each target token says whether it will
+    change and what it will show. CLIP's pooled vector says what is asked.
     """
 
     MIDDLE = 2
 
-    def __init__(self, network: Flux1) -> None:
+    def __init__(self, network: Flux1, side: int) -> None:
         super().__init__()
-        hidden, spec = network.spec.hidden, network.spec
+        self.side, hidden = side, network.spec.hidden
         self.kind = nn.Linear(hidden, len(KINDS) + 1)
         self.colour = nn.Linear(hidden, len(COLOURS))
+        self.row, self.column = nn.Linear(hidden, side), nn.Linear(hidden, side)
         self.changes = nn.Linear(hidden, 1)
-        self.wish = nn.Linear(spec.pooled_width, len(ACTIONS) + len(KINDS) + len(COLOURS))
+        self.goal_kind = nn.Linear(hidden, len(KINDS) + 1)
+        self.goal_colour = nn.Linear(hidden, len(COLOURS))
+        told = len(ACTIONS) + len(KINDS) + len(COLOURS)
+        self.wish = nn.Linear(network.spec.pooled_width, told)
         self.taps: dict[str, Tensor] = {}
         network.blocks.double_blocks[-1].register_forward_hook(self._keep_image)
         network.blocks.single_blocks[self.MIDDLE - 1].register_forward_hook(self._keep_joint)
@@ -144,33 +171,36 @@ class TeachingHeads(nn.Module):
     def _keep_joint(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
         self.taps["joint"] = output
 
-    def loss(
-        self, kinds: Tensor, colours: Tensor, changed: Tensor, wishes: Tensor, pooled: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Read the taps of the last forward pass.
-
-        Args:
-            kinds, colours: (B, N) what the reference's tokens show, -100 unknown.
-            changed: (B, N) bool, which target tokens change.
-            wishes: (B, 3) action, kind meant, colour asked for; -100 where it is not said.
-            pooled: (B, P) from CLIP.
-        """
-        count = kinds.shape[1]
-        reference = F.layer_norm(self.taps["image"].float(), (self.kind.in_features,))[:, count:]
-        joint = F.layer_norm(self.taps["joint"].float(), (self.kind.in_features,))
-        target = joint[:, -2 * count : -count]
-        kind = self.kind(reference).flatten(0, 1)
-        colour = self.colour(reference).flatten(0, 1)
-        change = self.changes(target).squeeze(-1)
+    def loss(self, lesson: Lesson, pooled: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Read the taps of the last forward pass; pooled (B, P) is CLIP's."""
+        batch, count = lesson.kinds.shape
+        image, joint = (
+            F.layer_norm(self.taps[name].float(), (self.kind.in_features,))
+            for name in ("image", "joint")
+        )
+        early, reference = image[:, :count], image[:, count:]
+        late = joint[:, -2 * count : -count]
+        place = torch.arange(count).expand(batch, -1)
         parts = {
-            "kind": F.cross_entropy(kind, kinds.flatten(), ignore_index=_IGNORE),
-            "colour": F.cross_entropy(colour, colours.flatten(), ignore_index=_IGNORE),
-            "change": F.binary_cross_entropy_with_logits(change, changed.float()),
+            "kind": _tell(self.kind(reference), lesson.kinds),
+            "colour": _tell(self.colour(reference), lesson.colours),
+            "row": _tell(self.row(early), place // self.side),
+            "column": _tell(self.column(early), place % self.side),
+            "goal": _tell(self.goal_kind(late), lesson.goal_kinds),
+            "paint": _tell(self.goal_colour(late), lesson.goal_colours),
+            "change": F.binary_cross_entropy_with_logits(
+                self.changes(late).squeeze(-1), lesson.changed.float()
+            ),
         }
         sizes = [len(ACTIONS), len(KINDS), len(COLOURS)]
         told = self.wish(pooled.float()).split(sizes, dim=-1)
         parts["wish"] = torch.stack(
-            [F.cross_entropy(one, wishes[:, place]) for place, one in enumerate(told)]
+            [_tell(one, lesson.wishes[:, number]) for number, one in enumerate(told)]
         ).nansum()
-        total = parts["kind"] + 0.5 * parts["colour"] + parts["change"] + 0.2 * parts["wish"]
+        total = sum((WEIGHTS[name] * part for name, part in parts.items()), torch.zeros(()))
         return total, {name: float(part.detach()) for name, part in parts.items()}
+
+
+def _tell(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy over the last axis, leaving out -100."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())

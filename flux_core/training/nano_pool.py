@@ -251,7 +251,7 @@ def draw_pairs(pool: ScenePool, count: int, rng: random.Random) -> list[Pair]:
     drawn: list[Pair] = []
     while len(drawn) < count:
         pairs = rng.choice(pool.clusters).pairs
-        action = rng.choices(actions, (38, 30, 22, 10))[0]
+        action = rng.choices(actions, (34, 24, 32, 10))[0]
         if not pairs[action]:
             continue
         first = rng.choice(pairs[action])

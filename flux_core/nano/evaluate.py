@@ -1,0 +1,187 @@
+"""How well the nano model edits: strict success on held-out scenes, as a table.
+
+Run as `python -m flux_core.nano.evaluate`, in the pack's folder.
+"""
+
+import argparse
+import logging
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..families import NANO_KONTEXT
+from ..image.autoencoder import Autoencoder
+from ..image.pixels import to_image, to_pixels
+from ..sampling.denoise import denoise, finish
+from ..sampling.noise import make_noise
+from ..sampling.sigmas import flux_sigmas
+from ..text.encoders import TextEncoders
+from ..tokens.pack import latent_tokens, tokens_latent
+from ..tokens.references import place_references
+from ..transformer.flux1 import Flux1
+from ..values import Conditioning, TextFeatures
+from ..weights.load import load_autoencoder, load_flux1
+from ..weights.text_encoders import load_text_encoders
+from . import paths
+from .drawing import Floats, draw, draw_pillow
+from .judge import judge
+from .world import EDITS, SIDE_PX, Action, Edit, random_edit
+
+logger = logging.getLogger(__name__)
+Draw = Callable[..., Floats]
+_BATCH = 20
+
+
+@dataclass(frozen=True, slots=True)
+class NanoModel:
+    """The embedded model, loaded."""
+
+    network: Flux1
+    encoders: TextEncoders
+    autoencoder: Autoencoder
+
+
+def load_nano(folder: Path = paths.FOLDER) -> NanoModel:
+    """Load the embedded model in float32; `folder` may hold another training's files."""
+
+    def inside(path: Path) -> Path:
+        return folder / path.relative_to(paths.FOLDER)
+
+    network, _ = load_flux1(inside(paths.TRANSFORMER), dtype=torch.float32)
+    autoencoder, _ = load_autoencoder(inside(paths.AUTOENCODER), dtype=torch.float32)
+    encoders = load_text_encoders(
+        [inside(paths.CLIP), inside(paths.T5)],
+        clip_tokenizer=paths.CLIP_TOKENIZER,
+        t5_tokenizer=paths.T5_TOKENIZER,
+        text=NANO_KONTEXT.text,
+        dtype=torch.float32,
+    )
+    return NanoModel(network, encoders, autoencoder)
+
+
+@torch.no_grad()
+def run_edits(
+    model: NanoModel, pictures: Tensor | None, prompts: Sequence[str], *, seed: int, steps: int
+) -> Tensor:
+    """Edit a batch of pictures, one prompt each.
+
+    Args:
+        model: the embedded one.
+        pictures: (B, H, W, 3) in 0..1; None makes pictures from text alone.
+        prompts: B instructions.
+        seed: of the noise.
+        steps: Euler steps.
+
+    Returns:
+        (B, SIDE_PX, SIDE_PX, 3) in 0..1.
+    """
+    family = model.network.family
+    features = [model.encoders.encode(prompt) for prompt in prompts]
+    pooled = [one.pooled for one in features if one.pooled is not None]
+    text = TextFeatures(txt=torch.cat([one.txt for one in features]), pooled=torch.cat(pooled))
+    references = ()
+    if pictures is not None:
+        latent = model.autoencoder.encode(to_pixels(pictures))
+        seen = [latent_tokens(latent, family.latent)]
+        references = place_references(seen, "single")
+    noise = make_noise(family.latent, SIDE_PX, SIDE_PX, seed, len(prompts))
+    sigmas = flux_sigmas(family.schedule, noise.values.shape[1], steps)
+    wanted = Conditioning(text=text, references=references, guidance=family.default_guidance)
+    x = noise.values
+    for step in denoise(model.network, wanted, noise, sigmas):
+        x = step.x
+    return to_image(model.autoencoder.decode(tokens_latent(finish(x, noise))))
+
+
+def draw_edits(action: Action, shapes: int, count: int, seed: int) -> list[Edit]:
+    """Draw held-out edits of one kind; what they ask for always differs from what is there."""
+    rng = random.Random(f"{action} {shapes} {seed}")
+    edits = [random_edit(action, shapes, rng, held_out=True) for _ in range(count)]
+    for edit in edits:
+        if edit.before is not None and np.abs(draw(edit.after) - draw(edit.before)).max() < 0.1:
+            raise ValueError(f"'{edit.text}' changes nothing")
+    return edits
+
+
+def success(
+    model: NanoModel, edits: Sequence[Edit], *, picture: Draw = draw, shuffled: bool = False
+) -> float:
+    """Share of edits that strictly succeed.
+
+    Args:
+        model: the embedded one.
+        edits: of one kind.
+        picture: draws the scene to edit.
+        shuffled: every scene gets the instruction of another, and is judged by its own.
+    """
+    prompts = [edit.text for edit in edits]
+    if shuffled:
+        prompts = [*prompts[7:], *prompts[:7]]
+    right = 0
+    for start in range(0, len(edits), _BATCH):
+        part = edits[start : start + _BATCH]
+        before = [edit.before for edit in part if edit.before is not None]
+        seen = torch.from_numpy(np.stack([picture(scene) for scene in before])) if before else None
+        made = run_edits(
+            model, seen, prompts[start : start + _BATCH], seed=start, steps=8
+        ).numpy()
+        for row, edit in enumerate(part):
+            right += judge(made[row], edit.after, edit.before).is_success
+    return right / len(edits)
+
+
+@torch.no_grad()
+def autoencoder_db(model: NanoModel, edits: Sequence[Edit], picture: Draw) -> float:
+    """Mean peak signal-to-noise ratio of the autoencoder on the edits' scenes."""
+    levels: list[float] = []
+    for start in range(0, len(edits), _BATCH):
+        drawn = np.stack([picture(edit.after) for edit in edits[start : start + _BATCH]])
+        image = torch.from_numpy(drawn)
+        again = to_image(model.autoencoder.decode(model.autoencoder.encode(to_pixels(image))))
+        error = (again - image).square().mean(dim=(1, 2, 3))
+        levels += (-10.0 * torch.log10(error + 1e-12)).tolist()
+    return sum(levels) / len(levels)
+
+
+def table(model: NanoModel, count: int, seed: int) -> list[str]:
+    """Measure everything; give the lines of a Markdown table."""
+    lines = [
+        f"| strict success, {count} held-out scenes each, 8 steps "
+        "| 1 shape | 2 shapes | 1, Pillow | 2, Pillow | shuffled, 1 | shuffled, 2 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for action in EDITS:
+        both = [draw_edits(action, shapes, count, seed) for shapes in (1, 2)]
+        cells = [success(model, edits) for edits in both]
+        cells += [success(model, edits, picture=draw_pillow) for edits in both]
+        cells += [success(model, edits, shuffled=True) for edits in both]
+        lines.append(f"| {action} | " + " | ".join(f"{cell:.0%}" for cell in cells) + " |")
+        logger.info(lines[-1])
+    scenes = draw_edits("recolour", 2, count, seed + 1)
+    captions = draw_edits("caption", 1, count, seed)
+    lines += ["", f"text-to-image: {success(model, captions):.0%} of {count} captions"]
+    for name, picture in (("own renderer", draw), ("Pillow", draw_pillow)):
+        lines.append(f"autoencoder, {name}: {autoencoder_db(model, scenes, picture):.1f} dB")
+    return lines
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100, help="scenes of each kind")
+    parser.add_argument("--seed", type=int, default=2026, help="of the held-out scenes")
+    parser.add_argument("--folder", type=Path, default=paths.FOLDER, help="where the model lies")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    lines = table(load_nano(options.folder), options.count, options.seed)
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
