@@ -47,6 +47,7 @@ def main() -> None:
         nodes = _nodes(Path(scratch))
         answer["pixels"] = list(_edit(nodes).shape)
         answer |= _sharing(nodes) | _cancelling(nodes) | _modulation(nodes)
+    answer["folders"] = _folders()
     after = _attributes()
     answer["changed"] = [name for name in before if before[name] is not after.get(name)]
     answer["added"] = sorted(set(after) - set(before))
@@ -87,6 +88,13 @@ def _nodes(scratch: Path) -> dict[str, Any]:
         return await extension.get_node_list()
 
     return {node.GET_SCHEMA().node_id: node for node in asyncio.run(listed())}
+
+
+def _folders() -> list[str]:
+    """Where ComfyUI looks for diffusion models, in its order."""
+    import folder_paths
+
+    return folder_paths.get_folder_paths("diffusion_models")
 
 
 def _run(nodes: dict[str, Any], name: str, **inputs: Any) -> Any:

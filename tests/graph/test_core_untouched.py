@@ -46,3 +46,11 @@ def test_modulation_is_not_loaded_while_the_blocks_run(probe: dict[str, Any]) ->
     for loaded in probe["loaded_while_sampling"]:
         assert "Flux1Blocks" in loaded
         assert "Flux1Modulation" not in loaded
+
+
+def test_the_embedded_models_folder_comes_last(probe: dict[str, Any]) -> None:
+    """New files a user saves must not land in the pack."""
+    *others, last = probe["folders"]
+    assert last.endswith("flux_core/nano/diffusion_models")
+    assert others
+    assert last not in others

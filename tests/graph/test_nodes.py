@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from glassbox.tests.graph import tiny
-from glassbox.tests.graph.graphs import Pipeline, edit
+from glassbox.tests.graph.graphs import Graph, Pipeline, edit
 
 if TYPE_CHECKING:
     from glassbox.tests.graph.server import Comfy
@@ -247,6 +247,15 @@ def test_tokens_and_latents_decode_to_the_same_picture(tiny_comfy: "Comfy") -> N
     graph.save(graph.decode(autoencoder, graph.out(packed)))
     first, second = pixels(tiny_comfy, tiny_comfy.run(graph.nodes))
     assert np.array_equal(first, second)
+
+
+def test_comfyuis_own_loader_opens_the_same_file(tiny_comfy: "Comfy") -> None:
+    graph = Graph()
+    native = graph.add("UNETLoader", unet_name=tiny.KONTEXT_FILE, weight_dtype="default")
+    steps = {"scheduler": "simple", "steps": 4, "denoise": 1.0}
+    sigmas = graph.add("BasicScheduler", model=graph.out(native), **steps)
+    text = graph.add("PreviewAny", source=graph.out(sigmas))
+    assert "1.0" in shown(tiny_comfy.run(graph.nodes), text)
 
 
 def test_references_keep_the_order_of_their_names(tiny_comfy: "Comfy") -> None:
