@@ -59,14 +59,17 @@ class Frontend:
     def __init__(self, page: Page, comfy: Comfy, *, nodes_2: bool) -> None:
         self.page, self.comfy, self.nodes_2 = page, comfy, nodes_2
         self.troubles: list[str] = []
-        page.on("pageerror", lambda error: self.troubles.append(f"{error}\n{error.stack}"))
-        page.on("console", self._note)
+        page.on("pageerror", lambda error: self._note(f"{error}\n{error.stack}"))
+        page.on("console", self._note_message)
 
-    def _note(self, message: ConsoleMessage) -> None:
-        """Keep what concerns this pack: its files, or a message with its name."""
-        source = message.location.get("url", "") + message.text
-        if message.type in ("error", "warning") and f"/extensions/{PACK}/" in source:
-            self.troubles.append(f"{message.type}: {message.text}")
+    def _note_message(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self._note(f"{message.type}: {message.text} {message.location.get('url', '')}")
+
+    def _note(self, trouble: str) -> None:
+        """Keep what one of this pack's files did; ComfyUI's page has troubles of its own."""
+        if f"/extensions/{PACK}/" in trouble:
+            self.troubles.append(trouble)
 
     def open(self) -> None:
         """Open the page, or reload it."""

@@ -171,4 +171,4 @@ def test_nano_workflows_run_and_give_a_picture_of_the_scene_size(name: str, comf
     assert len(pictures) == 1
     with Image.open(io.BytesIO(pictures[0])) as picture:
         assert picture.size == (96, 96)
-        assert len(set(picture.convert("RGB").getdata())) > 1
+        assert len(picture.convert("RGB").getcolors(96 * 96) or []) > 1
