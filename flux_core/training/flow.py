@@ -14,7 +14,7 @@ from ..families import LatentSpec
 from ..tokens.ids import image_ids, text_ids
 from ..transformer.flux1 import Flux1
 from ..transformer.plan import Plan
-from ..transformer.rope import rope_tables
+from ..transformer.rope import rope_table
 from ..types import TokenValues
 
 Density = Callable[[int, torch.Generator], Tensor]
@@ -79,7 +79,7 @@ def predictor(
     places = [text_ids(batch.txt.shape[1], latent), image_ids(grid, latent)]
     if batch.reference is not None:
         places.append(image_ids(grid, latent, index=latent.first_index))
-    rope = rope_tables(torch.cat(places), network.spec.axes_dim, network.spec.theta)
+    rope = rope_table(torch.cat(places), network.spec.axes_dim, network.spec.theta)
 
     def predict(x: TokenValues, sigma: Tensor) -> TokenValues:
         blocks = network.blocks

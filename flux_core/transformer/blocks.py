@@ -122,10 +122,8 @@ class DoubleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Update img (B, N, hidden) and txt (B, T, hidden); rope covers text, then image."""
         length = txt.shape[1]
-        txt_qkv = self.txt_attn.project(modulate(txt, txt_mod[0]), rope.rows(0, length))
-        img_qkv = self.img_attn.project(
-            modulate(img, img_mod[0]), rope.rows(length, length + img.shape[1])
-        )
+        txt_qkv = self.txt_attn.project(modulate(txt, txt_mod[0]), rope[:length])
+        img_qkv = self.img_attn.project(modulate(img, img_mod[0]), rope[length:])
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv, strict=True))
         joint = attend(q, k, v)
         img = add_gated(img, img_mod[0], self.img_attn.proj(joint[:, length:]))

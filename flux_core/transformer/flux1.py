@@ -17,7 +17,7 @@ from ..values import Conditioning, Tokens
 from .flux1_blocks import Flux1Blocks
 from .modulation import Flux1Modulation, StepModulation
 from .plan import Plan
-from .rope import rope_tables
+from .rope import rope_table
 
 
 def _where_it_is(module: nn.Module) -> torch.device:
@@ -113,7 +113,7 @@ class Flux1(nn.Module):
             blocks=self.blocks,
             txt=self.blocks.txt_in(txt.to(device, dtype)),
             references=None,
-            rope=rope_tables(ids, self.spec.axes_dim, self.spec.theta, device),
+            rope=rope_table(ids, self.spec.axes_dim, self.spec.theta, device),
             modulations=[mod],
         )
         return plan.velocity(img.to(device), 0)
@@ -160,7 +160,7 @@ class Flux1(nn.Module):
             blocks=self.blocks,
             txt=txt,
             references=references,
-            rope=rope_tables(torch.cat(places), self.spec.axes_dim, self.spec.theta, device),
+            rope=rope_table(torch.cat(places), self.spec.axes_dim, self.spec.theta, device),
             modulations=modulations,
         )
 

@@ -4,29 +4,20 @@ Source: black-forest-labs/flux@802fb47 src/flux/math.py rope, apply_rope. Deviat
 frequencies are made in float64, as diffusers and ComfyUI do; float32 differs by about 1e-7.
 """
 
-from typing import NamedTuple
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..types import Ids
 
-
-class Rope(NamedTuple):
-    """Cosines and sines of every token, (L, 1, head_dim / 2) float32 each."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def rows(self, start: int, stop: int) -> "Rope":
-        """Give the part of the tokens from `start` up to `stop`."""
-        return Rope(self.cos[start:stop], self.sin[start:stop])
+Rope: TypeAlias = Annotated[Tensor, "L 1 D/2, complex64, of length 1"]  # a turn per channel pair
 
 
-def rope_tables(
+def rope_table(
     ids: Ids, axes_dim: tuple[int, ...], theta: float, device: torch.device | str | None = None
 ) -> Rope:
-    """Compute the rotation of every token.
+    """Compute the turn of every token and channel pair.
 
     Args:
         ids: (L, A) positions.
@@ -40,12 +31,13 @@ def rope_tables(
         for axis, dim in enumerate(axes_dim)
     ]
     angle = torch.cat(angles, dim=-1)[:, None, :]
-    return Rope(angle.cos().to(device, torch.float32), angle.sin().to(device, torch.float32))
+    return torch.complex(angle.cos().float(), angle.sin().float()).to(device)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate adjacent channel pairs of x (B, L, H, D), in float32; the result is float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack(
-        (even * rope.cos - odd * rope.sin, even * rope.sin + odd * rope.cos), dim=-1
-    ).flatten(-2)
+    """Turn adjacent channel pairs of x (B, L, H, D) in float32; the result is float32.
+
+    A pair is one complex number and its turn one product: a single pass over memory.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2)

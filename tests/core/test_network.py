@@ -11,7 +11,7 @@ from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.tokens.pack import latent_tokens
 from glassbox.flux_core.transformer.flux1 import build_flux1
 from glassbox.flux_core.transformer.modulation import timestep_embedding
-from glassbox.flux_core.transformer.rope import rope_tables, rotate
+from glassbox.flux_core.transformer.rope import rope_table, rotate
 from glassbox.flux_core.values import Conditioning, TextFeatures
 
 SPEC = TransformerSpec(
@@ -81,8 +81,8 @@ def test_timestep_embedding_has_the_published_values():
 
 def test_rotation_has_the_published_angles():
     # reference.md H: position 3, 56 channels, theta 10000; axes 16 + 56 + 56.
-    rope = rope_tables(torch.tensor([[0.0, 3.0, 0.0]]), (16, 56, 56), 10_000.0)
-    cos, sin = rope.cos[0, 0], rope.sin[0, 0]
+    rope = rope_table(torch.tensor([[0.0, 3.0, 0.0]]), (16, 56, 56), 10_000.0)
+    cos, sin = rope.real[0, 0], rope.imag[0, 0]
     assert cos.shape == (64,)
     assert torch.equal(cos[:8], torch.ones(8)), "position 0 turns nothing"
     expected = {8: (-0.989992, 0.141120), 9: (-0.554915, 0.831907), 35: (1.0, 0.000417)}
@@ -92,9 +92,9 @@ def test_rotation_has_the_published_angles():
 
 
 def test_rotation_turns_adjacent_pairs():
-    rope = rope_tables(torch.tensor([[1.0]]), (4,), 10_000.0)
+    rope = rope_table(torch.tensor([[1.0]]), (4,), 10_000.0)
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
-    c, s = rope.cos[0, 0], rope.sin[0, 0]
+    c, s = rope.real[0, 0], rope.imag[0, 0]
     expected = [c[0] - 2 * s[0], s[0] + 2 * c[0], 3 * c[1] - 4 * s[1], 3 * s[1] + 4 * c[1]]
     torch.testing.assert_close(rotate(x, rope).flatten(), torch.stack(expected))
 
