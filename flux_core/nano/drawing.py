@@ -75,7 +75,7 @@ def colour_values(name: str) -> Floats:
 
 def compose(background: str, layers: Sequence[tuple[str, Floats]]) -> Floats:
     """Lay coloured coverages over a background, (SIDE_PX, SIDE_PX, 3), 0..1."""
-    picture = np.broadcast_to(colour_values(background), (SIDE_PX, SIDE_PX, 3)).copy()
+    picture: Floats = np.tile(colour_values(background), (SIDE_PX, SIDE_PX, 1))
     for colour, cover in layers:
         picture += cover[..., None] * (colour_values(colour) - picture)
     return picture
@@ -107,8 +107,6 @@ def draw_pillow(scene: Scene) -> Floats:
 def kind_coverages(shape: Shape) -> dict[str, Floats]:
     """Coverage of every kind at a shape's place and size, for telling kinds apart."""
     return {
-        kind: coverage(
-            Shape(kind=kind, colour=shape.colour, x=shape.x, y=shape.y, size=shape.size)
-        )
+        kind: coverage(Shape(kind=kind, colour=shape.colour, x=shape.x, y=shape.y, size=shape.size))
         for kind in KINDS
     }

@@ -128,9 +128,7 @@ def success(
         part = edits[start : start + _BATCH]
         before = [edit.before for edit in part if edit.before is not None]
         seen = torch.from_numpy(np.stack([picture(scene) for scene in before])) if before else None
-        made = run_edits(
-            model, seen, prompts[start : start + _BATCH], seed=start, steps=8
-        ).numpy()
+        made = run_edits(model, seen, prompts[start : start + _BATCH], seed=start, steps=8).numpy()
         for row, edit in enumerate(part):
             right += judge(made[row], edit.after, edit.before).is_success
     return right / len(edits)

@@ -7,6 +7,8 @@ beside this one, in the formats of the published tokenizers.
 import io
 import json
 from collections import Counter
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,9 @@ from .world import COLOURS, KINDS
 
 _END_OF_WORD = "</w>"
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-_T5_SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
-_T5_CONFIG = {
+_T5_CONFIG: dict[str, object] = {
     "eos_token": "</s>",
     "pad_token": "<pad>",
     "unk_token": "<unk>",
@@ -48,9 +49,7 @@ def learn_merges(known: list[str]) -> list[tuple[str, str]]:
     spelled = [[*word[:-1], word[-1] + _END_OF_WORD] for word in known]
     merges: list[tuple[str, str]] = []
     while True:
-        pairs = Counter(
-            pair for symbols in spelled for pair in zip(symbols, symbols[1:], strict=False)
-        )
+        pairs = Counter(pair for symbols in spelled for pair in pairwise(symbols))
         if not pairs:
             return merges
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
@@ -105,14 +104,12 @@ def _write_clip(folder: Path) -> None:
 
 def _write_t5(folder: Path) -> None:
     """Write spiece.model, lower-casing, and the tokenizer.json that transformers makes of it."""
-    from sentencepiece import (  # late: only for making files
-        SentencePieceTrainer,
-        sentencepiece_model_pb2,
-    )
-    from transformers import T5TokenizerFast
-
+    # late and untyped: only for making files
+    sentencepiece: Any = import_module("sentencepiece")
+    transformers: Any = import_module("transformers")
+    layout: Any = import_module("sentencepiece.sentencepiece_model_pb2")
     trained = io.BytesIO()
-    SentencePieceTrainer.train(  # for its normaliser; the pieces are replaced
+    sentencepiece.SentencePieceTrainer.train(  # for its normaliser; the pieces are replaced
         sentence_iterator=iter([" ".join(words())] * 4),
         model_writer=trained,
         vocab_size=40,
@@ -125,12 +122,11 @@ def _write_t5(folder: Path) -> None:
         bos_id=-1,
         minloglevel=2,
     )
-    model: Any = sentencepiece_model_pb2.ModelProto()
+    model: Any = layout.ModelProto()
     model.ParseFromString(trained.getvalue())
-    kept = [piece for piece in model.pieces if piece.piece in _T5_SPECIAL]
-    kept.sort(key=lambda piece: _T5_SPECIAL.index(piece.piece))
-    pieces = [(piece.piece, piece.type, piece.score) for piece in kept]
-    pieces += [(f"▁{word}", 1, -1.0) for word in words()]  # 1: a normal piece
+    # kinds of pieces: 1 normal, 2 unknown, 3 control
+    pieces: list[tuple[str, int, float]] = [("<pad>", 3, 0.0), ("</s>", 3, 0.0), ("<unk>", 2, 0.0)]
+    pieces += [(f"▁{word}", 1, -1.0) for word in words()]
     pieces += [(mark, 1, -2.0) for mark in PUNCTUATION]
     pieces += [("▁", 1, -8.0)]
     del model.pieces[:]
@@ -139,7 +135,9 @@ def _write_t5(folder: Path) -> None:
     model.trainer_spec.vocab_size = len(pieces)
     model.trainer_spec.ClearField("input")
     (folder / "spiece.model").write_bytes(model.SerializeToString())
-    tokenizer = T5TokenizerFast.from_pretrained(folder, extra_ids=0, local_files_only=True)
+    tokenizer = transformers.T5TokenizerFast.from_pretrained(
+        folder, extra_ids=0, local_files_only=True
+    )
     tokenizer.save_pretrained(folder)
     # As transformers 5 saves it, transformers 4 cannot read it.
     _write(folder / "tokenizer_config.json", json.dumps(_T5_CONFIG, indent=1))

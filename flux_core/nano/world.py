@@ -136,8 +136,8 @@ def _centres(rng: random.Random, shapes: int) -> list[tuple[float, float]]:
     far = rng.uniform(near + apart, high)
     along = [near, far] if rng.random() < 0.5 else [far, near]
     across = [rng.uniform(low, high), rng.uniform(low, high)]
-    pairs = zip(along, across, strict=True) if rng.random() < 0.5 else zip(across, along, strict=True)
-    return [(round(x, 2), round(y, 2)) for x, y in pairs]
+    sides = (along, across) if rng.random() < 0.5 else (across, along)
+    return [(round(x, 2), round(y, 2)) for x, y in zip(*sides, strict=True)]
 
 
 def _centres_at_places(rng: random.Random) -> list[tuple[float, float]]:
@@ -189,9 +189,7 @@ def recolour(scene: Scene, index: int, colour: str, rng: random.Random) -> Edit:
     after = with_colour(scene, index, colour)
     name = name_shape(scene, index, rng)
     text = recolour_sentence(name, colour, rng)
-    return Edit(
-        action="recolour", before=scene, after=after, text=text, shape=index, colour=colour
-    )
+    return Edit(action="recolour", before=scene, after=after, text=text, shape=index, colour=colour)
 
 
 def repaint(scene: Scene, colour: str, rng: random.Random) -> Edit:
@@ -204,9 +202,7 @@ def repaint(scene: Scene, colour: str, rng: random.Random) -> Edit:
 def remove(scene: Scene, index: int, rng: random.Random) -> Edit:
     """Ask for one shape to go."""
     text = remove_sentence(name_shape(scene, index, rng), rng)
-    return Edit(
-        action="remove", before=scene, after=without(scene, index), text=text, shape=index
-    )
+    return Edit(action="remove", before=scene, after=without(scene, index), text=text, shape=index)
 
 
 def add(scene: Scene, index: int, rng: random.Random) -> Edit:

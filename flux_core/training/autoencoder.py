@@ -3,13 +3,13 @@
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
 from ..families import AutoencoderSpec, LatentSpec
@@ -72,7 +72,8 @@ def train_autoencoder(
     """
     torch.manual_seed(seed)
     model = Autoencoder(spec)
-    pictures = _train(rank, model, list(model.parameters()), autoencoder_loss, seed, budget_s, batch)
+    weights = list(model.parameters())
+    pictures = _train(rank, model, weights, autoencoder_loss, seed, budget_s, batch)
     if rank.leads:
         set_unit_size(model.eval(), random_pictures(pictures, 256))
         save_file(model.state_dict(), out)
@@ -147,7 +148,8 @@ def set_unit_size(model: Autoencoder, pixels: Tensor) -> None:
     variance. Near the border the decoder sees a trace of the old mean in place of padding.
     """
     latent: LatentSpec = model.spec.latent
-    means = torch.cat([model.encode(part) for part in pixels.split(32)])
+    parts = cast("Sequence[Tensor]", pixels.split(32))
+    means = torch.cat([model.encode(part) for part in parts])
     unit = latent.scale * (means - latent.shift)
     size, middle = float(unit.std()), float(unit.mean())
     out, into, channels = model.encoder.conv_out, model.decoder.conv_in, latent.channels
@@ -172,9 +174,7 @@ def _weights(layer: torch.nn.Module) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def reconstruction_db(model: Autoencoder, pixels: Tensor) -> float:
     """Peak signal-to-noise ratio of pictures (B, 3, H, W) in -1..1 through the latent's mode."""
-    errors = [
-        F.mse_loss(model.decode(model.encode(part)).clamp(-1.0, 1.0), part, reduction="none")
-        .mean(dim=(1, 2, 3))
-        for part in pixels.split(16)
-    ]
-    return float((-10.0 * torch.log10(torch.cat(errors) / 4.0 + 1e-12)).mean())
+    parts = cast("Sequence[Tensor]", pixels.split(16))
+    again = torch.cat([model.decode(model.encode(part)).clamp(-1.0, 1.0) for part in parts])
+    errors = (again - pixels).square().mean(dim=(1, 2, 3)) / 4.0
+    return float((-10.0 * torch.log10(errors + 1e-12)).mean())

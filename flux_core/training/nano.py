@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
 from ..families import NANO_AUTOENCODER
 from ..image.autoencoder import Autoencoder

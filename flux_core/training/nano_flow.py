@@ -114,12 +114,12 @@ class NanoTrainer:
         weight = torch.ones(target.shape[:2])
         changed = torch.zeros(target.shape[:2], dtype=torch.bool)
         if reference is not None:
-            changed = torch.stack([changed_tokens(a, p.after) for a, p in zip(before, pairs)])
+            changed = torch.stack(
+                [changed_tokens(a, p.after) for a, p in zip(before, pairs, strict=True)]
+            )
             weight += CHANGED_WEIGHT * changed
         side = SIDE_PX // TOKEN_PX
-        batch = FlowBatch(
-            target=target, reference=reference, txt=txt, pooled=pooled, weight=weight
-        )
+        batch = FlowBatch(target=target, reference=reference, txt=txt, pooled=pooled, weight=weight)
         predict = predictor(
             self.network,
             batch,

@@ -83,7 +83,7 @@ class NanoText(nn.Module):
         ops = torch_operations()
         clip = build_clip(clip_spec, dtype=torch.float32, operations=ops)
         t5 = build_t5(t5_spec, dtype=torch.float32, operations=ops)
-        prefix = "text_model." if any(k.startswith("text_model.") for k in clip.state_dict()) else ""
+        prefix = "text_model." if hasattr(clip, "text_model") else ""  # transformers 4
         drawn = fresh_weights(clip_spec.shapes(), 0.3)
         clip.load_state_dict({prefix + name: value for name, value in drawn.items()}, assign=True)
         t5.load_state_dict(fresh_weights(t5_spec.shapes(), 1.0), assign=True)

@@ -106,7 +106,7 @@ class ScenePool:
 
     def grow_captions(self, count: int) -> None:
         """Add captioned pictures."""
-        scenes = [scene for scene in (caption_scene(self._rng) for _ in range(count))]
+        scenes = [caption_scene(self._rng) for _ in range(count)]
         kept = [scene for scene in scenes if not scene.is_held_out]
         for picture in self._encode(kept, [None] * len(kept)):
             scene = picture.scene

@@ -112,9 +112,8 @@ class MovingAverage:
         """Move every average towards its weight."""
         self._steps += 1
         decay = min(self._decay, self._steps / (self._steps + 10))
-        torch._foreach_lerp_(  # pyright: ignore[reportPrivateUsage]
-            self.averages, [weight.detach() for weight in self._weights()], 1.0 - decay
-        )
+        for average, weight in zip(self.averages, self._weights(), strict=True):
+            average.lerp_(weight, 1.0 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -53,9 +54,14 @@ def average_gradients(parameters: Iterable[Tensor], rank: Rank) -> None:
     if rank.count > 1:
         dist.all_reduce(flat)
         flat /= rank.count
-    parts = flat.split([gradient.numel() for gradient in gradients])
+    parts = _cut(flat, gradients)
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def _cut(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Cut a flat tensor into parts of the sizes of others."""
+    return cast("Sequence[Tensor]", flat.split([one.numel() for one in like]))
 
 
 def share_from_lead(values: Sequence[float], rank: Rank) -> list[float]:
@@ -63,7 +69,7 @@ def share_from_lead(values: Sequence[float], rank: Rank) -> list[float]:
     numbers = torch.tensor(values, dtype=torch.float64)
     if rank.count > 1:
         dist.broadcast(numbers, 0)
-    return numbers.tolist()
+    return [float(number) for number in numbers]
 
 
 def gather_updates(owned: Sequence[Sequence[Tensor]], rank: Rank) -> None:
@@ -74,7 +80,5 @@ def gather_updates(owned: Sequence[Sequence[Tensor]], rank: Rank) -> None:
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
         dist.broadcast(flat, owner)
         if owner != rank.index:
-            for tensor, part in zip(
-                tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
-            ):
+            for tensor, part in zip(tensors, _cut(flat, tensors), strict=True):
                 tensor.detach().copy_(part.view_as(tensor))

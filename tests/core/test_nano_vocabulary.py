@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from glassbox.flux_core.families import NANO_KONTEXT
 from glassbox.flux_core.nano.paths import CLIP_TOKENIZER, T5_TOKENIZER
 from glassbox.flux_core.nano.vocabulary import words, write_tokenizers

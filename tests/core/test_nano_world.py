@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from glassbox.flux_core.nano.drawing import coverage, draw, draw_pillow
 from glassbox.flux_core.nano.judge import judge
 from glassbox.flux_core.nano.world import (

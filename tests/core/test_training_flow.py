@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+
 from glassbox.flux_core.families import NANO_KONTEXT
 from glassbox.flux_core.training.flow import FlowBatch, flow_loss, logit_normal, predictor
 from glassbox.flux_core.training.nano_model import fresh_transformer
@@ -15,7 +17,6 @@ from glassbox.flux_core.training.optim import (
     learning_rate,
     set_rates,
 )
-from torch import nn
 
 
 def _batch(target: torch.Tensor, **changes: torch.Tensor) -> FlowBatch:
