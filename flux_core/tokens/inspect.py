@@ -5,6 +5,7 @@ from typing import TypedDict
 from ..families import LatentSpec
 from ..types import Ids
 from ..values import Conditioning, Tokens
+from .ids import text_ids
 
 
 class Segment(TypedDict):
@@ -32,11 +33,13 @@ def describe_sequence(conditioning: Conditioning, target: Tokens | None) -> Toke
         target: the noise, when it is known.
     """
     text = conditioning.text.txt.shape[1]
-    segments = [Segment(kind="text", name="text", count=text, grid=None, ids=[])]
-    if target is not None:
-        segments.append(_segment("target", "target", target))
+    pictures = [] if target is None else [("target", "target", target)]
     for number, tokens in enumerate(conditioning.references, 1):
-        segments.append(_segment("reference", f"reference {number}", tokens))
+        pictures.append(("reference", f"reference {number}", tokens))
+    latent = pictures[0][2].latent if pictures else None  # names the id axes
+    places = _ranges(text_ids(text, latent), latent) if latent and text else []
+    segments = [Segment(kind="text", name="text", count=text, grid=None, ids=places)]
+    segments += [_segment(*picture) for picture in pictures]
     return TokenSequence(segments=segments, total=sum(one["count"] for one in segments))
 
 
