@@ -5,10 +5,13 @@ Run as `python -m flux_core.nano.evaluate`, in the pack's folder.
 
 import argparse
 import logging
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +125,7 @@ def success(
     """
     prompts = [edit.text for edit in edits]
     if shuffled:
-        prompts = [*prompts[7:], *prompts[:7]]
+        prompts = [*prompts[1:], *prompts[:1]]
     right = 0
     for start in range(0, len(edits), _BATCH):
         part = edits[start : start + _BATCH]
@@ -147,23 +150,48 @@ def autoencoder_db(model: NanoModel, edits: Sequence[Edit], picture: Draw) -> fl
     return sum(levels) / len(levels)
 
 
-def table(model: NanoModel, count: int, seed: int) -> list[str]:
-    """Measure everything; give the lines of a Markdown table."""
+def table(folder: Path, count: int, seed: int, processes: int) -> list[str]:
+    """Measure everything; give the lines of a Markdown table.
+
+    Args:
+        folder: where the model lies.
+        count: scenes of each kind.
+        seed: of the scenes and the noise.
+        processes: of one thread each.
+    """
     lines = [
         f"| strict success, {count} held-out scenes each, 8 steps "
         "| 1 shape | 2 shapes | 1, Pillow | 2, Pillow | shuffled, 1 | shuffled, 2 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for action in EDITS:
-        both = [draw_edits(action, shapes, count, seed) for shapes in (1, 2)]
-        cells = [success(model, edits) for edits in both]
-        cells += [success(model, edits, picture=draw_pillow) for edits in both]
-        cells += [success(model, edits, shuffled=True) for edits in both]
-        lines.append(f"| {action} | " + " | ".join(f"{cell:.0%}" for cell in cells) + " |")
-        logger.info(lines[-1])
+    with ProcessPoolExecutor(processes, get_context("spawn"), _one_thread) as pool:
+        jobs = [pool.submit(_row, folder, action, count, seed) for action in EDITS]
+        rest = pool.submit(_rest, folder, count, seed)
+        for job in jobs:
+            lines.append(job.result())
+            logger.info(lines[-1])
+        return [*lines, "", *rest.result()]
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _row(folder: Path, action: Action, count: int, seed: int) -> str:
+    model = load_nano(folder)
+    both = [draw_edits(action, shapes, count, seed) for shapes in (1, 2)]
+    cells = [success(model, edits) for edits in both]
+    cells += [success(model, edits, picture=draw_pillow) for edits in both]
+    cells += [success(model, edits, shuffled=True) for edits in both]
+    return f"| {action} | " + " | ".join(f"{cell:.0%}" for cell in cells) + " |"
+
+
+def _rest(folder: Path, count: int, seed: int) -> list[str]:
+    """Measure text-to-image and the autoencoder."""
+    model = load_nano(folder)
     scenes = draw_edits("recolour", 2, count, seed + 1)
     captions = draw_edits("caption", 1, count, seed)
-    lines += ["", f"text-to-image: {success(model, captions):.0%} of {count} captions"]
+    lines = [f"text-to-image: {success(model, captions):.0%} of {count} captions"]
     for name, picture in (("own renderer", draw), ("Pillow", draw_pillow)):
         lines.append(f"autoencoder, {name}: {autoencoder_db(model, scenes, picture):.1f} dB")
     return lines
@@ -175,9 +203,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="scenes of each kind")
     parser.add_argument("--seed", type=int, default=2026, help="of the held-out scenes")
     parser.add_argument("--folder", type=Path, default=paths.FOLDER, help="where the model lies")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    lines = table(load_nano(options.folder), options.count, options.seed)
+    lines = table(options.folder, options.count, options.seed, options.processes)
     sys.stdout.write("\n".join(lines) + "\n")
 
 

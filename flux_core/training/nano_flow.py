@@ -19,7 +19,7 @@ from .ranks import Rank, average_gradients, gather_updates, share_from_lead
 
 logger = logging.getLogger(__name__)
 CHANGED_WEIGHT = 3.0  # beside the 1 of every token
-CAPTION_EVERY = 9  # steps
+CAPTION_EVERY = 6  # steps
 GROW_EVERY = 3  # steps
 _NONE = -100
 
@@ -128,25 +128,21 @@ class NanoTrainer:
             guidance=NANO_KONTEXT.default_guidance,
         )
         loss = flow_loss(predict, batch, self.density, self.generator)
-        told = {"flow": float(loss.detach())}
-        if reference is None:
-            return loss + 0.0 * self._untaught(), {"captions": told["flow"]}
         after = [pair.after for pair in pairs]
         lesson = Lesson(
-            kinds=torch.stack([picture.kinds for picture in before]),
-            colours=torch.stack([picture.colours for picture in before]),
             goal_kinds=torch.stack([picture.kinds for picture in after]),
             goal_colours=torch.stack([picture.colours for picture in after]),
-            changed=changed,
             wishes=torch.tensor([_wish(p, text) for p, text in zip(pairs, prompts, strict=True)]),
+            kinds=torch.stack([picture.kinds for picture in before]) if before else None,
+            colours=torch.stack([picture.colours for picture in before]) if before else None,
+            changed=changed if before else None,
         )
         taught, parts = self.heads.loss(lesson, pooled)
-        strength = 0.3 * max(0.0, 1.0 - self.progress / self.settings.teach_until)
-        return loss + (strength + 0.02) * taught, told | parts
-
-    def _untaught(self) -> Tensor:
-        """Keep the heads in the graph, so that all processes average the same gradients."""
-        return sum((weight.sum() for weight in self.heads.parameters()), torch.zeros(()))
+        strength = 0.3 * max(0.0, 1.0 - self.progress / self.settings.teach_until) + 0.02
+        told = {"flow": float(loss.detach())} | parts
+        if not before:
+            told = {f"caption {name}": told[name] for name in ("flow", "goal", "paint")}
+        return loss + strength * taught, told
 
 
 def _wish(pair: Pair, text: str) -> list[int]:

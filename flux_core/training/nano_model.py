@@ -131,12 +131,12 @@ def fresh_transformer(spec: TransformerSpec | None = None) -> Flux1:
 class Lesson:
     """What the heads should say about a batch; -100 where it is not known or not said."""
 
-    kinds: Tensor  # (B, N) of the reference's tokens: 0 background, 1.. KINDS
-    colours: Tensor  # (B, N)
-    goal_kinds: Tensor  # (B, N) of the target's
-    goal_colours: Tensor
-    changed: Tensor  # (B, N) bool, which target tokens change
+    goal_kinds: Tensor  # (B, N) of the target's tokens: 0 background, 1.. KINDS
+    goal_colours: Tensor  # (B, N)
     wishes: Tensor  # (B, 3) action, kind meant, colour asked for
+    kinds: Tensor | None = None  # (B, N) of the reference's tokens, if there is one
+    colours: Tensor | None = None
+    changed: Tensor | None = None  # (B, N) bool, which target tokens change
 
 
 class TeachingHeads(nn.Module):
@@ -173,31 +173,34 @@ class TeachingHeads(nn.Module):
 
     def loss(self, lesson: Lesson, pooled: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Read the taps of the last forward pass; pooled (B, P) is CLIP's."""
-        batch, count = lesson.kinds.shape
+        batch, count = lesson.goal_kinds.shape
         image, joint = (
             F.layer_norm(self.taps[name].float(), (self.kind.in_features,))
             for name in ("image", "joint")
         )
         early, reference = image[:, :count], image[:, count:]
-        late = joint[:, -2 * count : -count]
+        start = joint.shape[1] - image.shape[1]
+        late = joint[:, start : start + count]
         place = torch.arange(count).expand(batch, -1)
         parts = {
-            "kind": _tell(self.kind(reference), lesson.kinds),
-            "colour": _tell(self.colour(reference), lesson.colours),
             "row": _tell(self.row(early), place // self.side),
             "column": _tell(self.column(early), place % self.side),
             "goal": _tell(self.goal_kind(late), lesson.goal_kinds),
             "paint": _tell(self.goal_colour(late), lesson.goal_colours),
-            "change": F.binary_cross_entropy_with_logits(
-                self.changes(late).squeeze(-1), lesson.changed.float()
-            ),
         }
+        if lesson.kinds is not None and lesson.colours is not None and lesson.changed is not None:
+            parts["kind"] = _tell(self.kind(reference), lesson.kinds)
+            parts["colour"] = _tell(self.colour(reference), lesson.colours)
+            parts["change"] = F.binary_cross_entropy_with_logits(
+                self.changes(late).squeeze(-1), lesson.changed.float()
+            )
         sizes = [len(ACTIONS), len(KINDS), len(COLOURS)]
         told = self.wish(pooled.float()).split(sizes, dim=-1)
         parts["wish"] = torch.stack(
             [_tell(one, lesson.wishes[:, number]) for number, one in enumerate(told)]
         ).nansum()
-        total = sum((WEIGHTS[name] * part for name, part in parts.items()), torch.zeros(()))
+        unused = sum((weight.sum() for weight in self.parameters()), torch.zeros(()))
+        total = sum((WEIGHTS[name] * part for name, part in parts.items()), 0.0 * unused)
         return total, {name: float(part.detach()) for name, part in parts.items()}
 
 
