@@ -136,7 +136,7 @@ def _check_vocabulary(prompt: EncodedPrompt, rows: int) -> None:
             f"The tokenizer of {prompt.count.encoder} gave id {largest}; its encoder has "
             f"{rows} rows.",
             "a tokenizer and an encoder of the same model.",
-            f"Choose the text encoder files of FLUX.1 in {LOADER}.",
+            f"choose the text encoder files of FLUX.1 in {LOADER}.",
         )
 
 

@@ -6,10 +6,9 @@ from torch import nn
 
 from ..errors import CheckpointError
 from .files import Checkpoint
+from .header import ANOTHER_FILE
 from .kinds import PARTS, QUANTISED, Kind, identify
 from .layout import Layout
-
-_ANOTHER_FILE = "Download the file again, or choose another in the loader."
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -45,7 +44,7 @@ def expect_layout(
             f"{checkpoint.path.name} is of a kind that is not known here; it holds "
             f"{len(keys)} tensors, first {first}.",
             f"{needed}.",
-            _ANOTHER_FILE,
+            ANOTHER_FILE,
         )
     return layout
 
@@ -123,5 +122,5 @@ def _misfit(checkpoint: Checkpoint, title: str, found: list[str], needed: str) -
     return CheckpointError(
         f"{checkpoint.path.name} does not fit {title}: of its tensors {'; '.join(found)}.",
         f"{needed}.",
-        _ANOTHER_FILE,
+        ANOTHER_FILE,
     )

@@ -20,10 +20,10 @@ from ..families import (
     FluxFamily,
     TransformerSpec,
 )
+from .header import ANOTHER_FILE
 from .layout import Shapes, count_numbers
 
 FAMILY_KEY = "glassbox_family"  # in the metadata of files this project writes
-_ANOTHER_FILE = "Download the file again, or choose another in the loader."
 # Packed input channels that tell FLUX.1's other tools from its plain models.
 _TOOLS = {384: "FLUX.1 Fill [dev]", 128: "FLUX.1 Canny or Depth [dev]"}
 
@@ -84,13 +84,13 @@ def spec_of_flux1(shapes: Shapes) -> TransformerSpec:
         raise CheckpointError(
             f"This is {_TOOLS[spec.in_channels]}: it takes {spec.in_channels} channels a token.",
             "a FLUX.1 model that takes 64.",
-            "Choose FLUX.1 dev, Kontext, Krea or schnell, or ComfyUI's own loader for this one.",
+            "choose FLUX.1 dev, Kontext, Krea or schnell, or ComfyUI's own loader for this one.",
         )
     if hidden % sum(axes) or spec.single_blocks == 0:
         raise CheckpointError(
             f"The model is {hidden} wide and has {spec.single_blocks} single blocks.",
             f"a width that is a multiple of {sum(axes)} and blocks of both kinds.",
-            _ANOTHER_FILE,
+            ANOTHER_FILE,
         )
     return spec
 
@@ -131,13 +131,13 @@ def spec_of_autoencoder(
         raise CheckpointError(
             f"This autoencoder makes latents of {sum(latent)} channels at 1/{factor} size.",
             f"{needed.channels} channels at 1/{needed.downscale}, as FLUX.1 has.",
-            "Choose the FLUX.1 autoencoder, ae.safetensors.",
+            "choose the FLUX.1 autoencoder, ae.safetensors.",
         )
     if any(width % channels for width in widths) or channels % found.norm_groups:
         raise CheckpointError(
             f"The autoencoder's levels are {', '.join(map(str, widths))} channels wide.",
             f"multiples of the first, {channels}, which {found.norm_groups} must divide.",
-            "Choose the FLUX.1 autoencoder, ae.safetensors.",
+            "choose the FLUX.1 autoencoder, ae.safetensors.",
         )
     return found, how
 
@@ -209,7 +209,7 @@ def _mismatch(found: str, family: FluxFamily) -> FamilyMismatchError:
     return FamilyMismatchError(
         found,
         f"{family.title}, which has {guidance} guidance input and {width} channels in and out.",
-        "Choose another family in 'Load Model (FLUX)', or leave it at auto.",
+        "choose another family in 'Load Model (FLUX)', or leave it at auto.",
     )
 
 
@@ -229,7 +229,7 @@ def _matrix(shapes: Shapes, key: str) -> tuple[int, int]:
     shape = _sized(shapes, key)
     if len(shape) != 2:
         raise CheckpointError(
-            f"'{key}' has {len(shape)} axes.", "a matrix of FLUX.1.", _ANOTHER_FILE
+            f"'{key}' has {len(shape)} axes.", "a matrix of FLUX.1.", ANOTHER_FILE
         )
     return shape[0], shape[1]
 
@@ -238,5 +238,5 @@ def _sized(shapes: Shapes, key: str) -> tuple[int, ...]:
     shape = shapes.get(key)
     if shape is None or not shape or 0 in shape:
         found = f"'{key}' is missing." if shape is None else f"'{key}' is empty."
-        raise CheckpointError(found, "a complete FLUX.1 file.", _ANOTHER_FILE)
+        raise CheckpointError(found, "a complete FLUX.1 file.", ANOTHER_FILE)
     return shape

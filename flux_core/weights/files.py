@@ -162,7 +162,7 @@ def _choose_in_folder(folder: Path) -> Path:
         + (f" ({', '.join(sorted(models)[:4])})" if models else "")
         + (f"; there are models in its folders {', '.join(inside)}." if inside else "."),
         "a folder with one model in .safetensors files.",
-        "Choose the file itself, or the folder of one part, in the loader.",
+        "choose the file itself, or the folder of one part, in the loader.",
     )
 
 
@@ -202,6 +202,6 @@ def _existing(files: list[Path]) -> tuple[Path, ...]:
         raise CheckpointError(
             f"{len(missing)} of {len(files)} shards are not there: {', '.join(missing[:3])}.",
             "every shard of the set in the same folder.",
-            "Download the missing shards beside the others.",
+            "download the missing shards beside the others.",
         )
     return tuple(files)

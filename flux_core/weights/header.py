@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
 NEEDED = "a complete .safetensors file, or a folder of its shards."
-ANOTHER_FILE = "Download the file again, or choose another in the loader."
+ANOTHER_FILE = "download the file again, or choose another in the loader."
 _LENGTH_BYTES = 8  # the header's length, little-endian, opens the file
 _DTYPES = {
     "F64": torch.float64,
@@ -132,7 +132,7 @@ def _cut_short(file: Path, promised: int) -> CheckpointError:
         f"{file.name} is cut short: it is {file.stat().st_size:,} bytes long and its header "
         f"promises {promised:,}.",
         "the complete file.",
-        "Download the file again: the last download did not finish.",
+        "download the file again: the last download did not finish.",
     )
 
 
@@ -167,7 +167,7 @@ def _entry(
         raise CheckpointError(
             f"{file.name} stores '{key}' as {value.get('dtype')}, which this pack cannot read.",
             "weights as bfloat16, float16, float32 or plain float8.",
-            "Choose the bfloat16 file of this model.",
+            "choose the bfloat16 file of this model.",
         )
     if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
         raise malformed(file, f"the length of '{key}' does not fit its shape")

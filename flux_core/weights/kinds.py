@@ -6,9 +6,9 @@ Source: ComfyUI 0.30.0 comfy/model_detection.py for the names of other transform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-_BF16 = "Choose the bfloat16 file of this model."
-_OTHER = "Choose a FLUX.1 file in this loader."
-_NATIVE = "Choose a FLUX.1 file here, or load this one with ComfyUI's own loader."
+_BF16 = "choose the bfloat16 file of this model."
+_OTHER = "choose a FLUX.1 file in this loader."
+_NATIVE = "choose a FLUX.1 file here, or load this one with ComfyUI's own loader."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,35 +43,35 @@ AUTOENCODERS = (
     Kind(
         "a FLUX.2 autoencoder",
         ("bn.running_mean",),
-        "Choose the FLUX.1 autoencoder, ae.safetensors.",
+        "choose the FLUX.1 autoencoder, ae.safetensors.",
     ),
     Kind(
         "an autoencoder with quantisation layers, as Stable Diffusion 1 to XL have",
         ("quant_conv.",),
-        "Choose the FLUX.1 autoencoder, ae.safetensors.",
+        "choose the FLUX.1 autoencoder, ae.safetensors.",
     ),
 )
 PARTS = (
     Kind(
         "an autoencoder",
         ("encoder.down.0.", "encoder.down_blocks.0.", "decoder.up.0.", "decoder.mid_block."),
-        "Load it with 'Load Autoencoder (FLUX)'.",
+        "load it with 'Load Autoencoder (FLUX)'.",
     ),
     Kind(
         "a T5 text encoder",
         ("layer.0.SelfAttention.",),
-        "Load it with 'Load Text Encoders (FLUX)'.",
+        "load it with 'Load Text Encoders (FLUX)'.",
     ),
     Kind(
         "a CLIP text encoder",
         ("encoder.layers.0.self_attn.", "transformer.resblocks.0."),
-        "Load it with 'Load Text Encoders (FLUX)'.",
+        "load it with 'Load Text Encoders (FLUX)'.",
     ),
     Kind("a language model", ("layers.0.self_attn.", "layers.0.mlp.gate_proj."), _OTHER),
     Kind(
         "a transformer",
         ("double_blocks.0.", "single_transformer_blocks.0."),
-        "Load it with 'Load Model (FLUX)'.",
+        "load it with 'Load Model (FLUX)'.",
     ),
 )
 

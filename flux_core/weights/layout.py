@@ -34,7 +34,7 @@ class Recipe:
             raise CheckpointError(
                 f"{' and '.join(self.parts)} are {' and '.join(map(str, (first, *others)))}.",
                 "shapes that fit one another, to be stacked.",
-                "Download the file again, or choose another in the loader.",
+                "download the file again, or choose another in the loader.",
             )
         if others:
             first = (first[0] + sum(other[0] for other in others), *first[1:])
@@ -114,6 +114,6 @@ def count_numbers(keys: Iterable[str], stem: str) -> int:
         raise CheckpointError(
             f"{stem}{gaps[0]} is missing, while {stem}{max(numbers)} is there.",
             f"every {stem.rstrip('.')} from 0 on.",
-            "Download the file again, or choose another in the loader.",
+            "download the file again, or choose another in the loader.",
         )
     return len(numbers)

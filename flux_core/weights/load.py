@@ -146,7 +146,7 @@ def _target_dtype(checkpoint: Checkpoint, layout: Layout, asked: torch.dtype | N
         raise CheckpointError(
             f"{checkpoint.path.name} stores weights as {dtype_name(strange[0])}.",
             "weights as bfloat16, float16, float32 or plain float8.",
-            "Choose the bfloat16 file of this model.",
+            "choose the bfloat16 file of this model.",
         )
     if asked is not None:
         return asked

@@ -114,7 +114,7 @@ def _find(file: Checkpoint) -> list[_Found]:
         raise CheckpointError(
             f"{file.path.name} is {describe_stranger(file.shapes)}.",
             _NEEDED,
-            f"Choose a text encoder file in {LOADER}.",
+            f"choose a text encoder file in {LOADER}.",
         )
     left = leftover_keys(file.shapes, parts)
     if left and any(part.is_whole_file and part.other is None for part in parts):
@@ -122,7 +122,7 @@ def _find(file: Checkpoint) -> list[_Found]:
             f"{file.path.name} holds {len(left)} tensors beside its text encoder, first "
             f"'{left[0]}'.",
             "a file of the text encoder alone, or a whole checkpoint with its usual prefixes.",
-            f"Choose or download another file in {LOADER}.",
+            f"choose or download another file in {LOADER}.",
         )
     return [_Found(part, file) for part in parts]
 
@@ -137,21 +137,21 @@ def _choose(found: Sequence[_Found], kind: Kind) -> _Found:
         raise CheckpointError(
             f"{len(ours)} {kind} encoders were given ({names}).",
             _NEEDED,
-            f"Choose one file of each in {LOADER}.",
+            f"choose one file of each in {LOADER}.",
         )
     others = [one for one in found if one.part.kind == kind]
     if others:
         raise FamilyMismatchError(
             f"{others[0].file.path.name} is {others[0].part.other}, not FLUX.1's {kind}.",
             _NEEDED,
-            f"Choose the {kind} file of FLUX.1 in {LOADER}.",
+            f"choose the {kind} file of FLUX.1 in {LOADER}.",
         )
     there = ", ".join(f"{one.file.path.name} ({one.part.kind})" for one in found)
     example = "clip_l.safetensors" if kind == "CLIP-L" else "t5xxl_fp16.safetensors"
     raise CheckpointError(
         f"{kind} is missing; given was {there or 'nothing'}.",
         _NEEDED,
-        f"Choose {example} as the other file of {LOADER}.",
+        f"choose {example} as the other file of {LOADER}.",
     )
 
 
@@ -161,7 +161,7 @@ def _check_pair(clip: ClipSpec, t5: T5Spec) -> None:
         raise FamilyMismatchError(
             f"CLIP is {clip.width} wide and T5 is {t5.width} wide.",
             f"{CLIP_L.width} and {T5_XXL.width} for FLUX.1; a small pair only together.",
-            f"Choose both files of the same model in {LOADER}.",
+            f"choose both files of the same model in {LOADER}.",
         )
 
 
@@ -176,7 +176,7 @@ def _dtype_of(one: _Found) -> torch.dtype:
         raise CheckpointError(
             f"{one.file.path.name} stores {one.part.kind} as {_name(odd[0])}.",
             "float32, bfloat16, float16 or float8 weights.",
-            f"Choose a bfloat16, float16 or fp8 file in {LOADER}.",
+            f"choose a bfloat16, float16 or fp8 file in {LOADER}.",
         )
     most = max(sizes, key=lambda stored: sizes[stored])
     return torch.bfloat16 if most in _FP8 else most

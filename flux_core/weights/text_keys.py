@@ -150,7 +150,7 @@ def check_part(part: Part, needed: Shapes, shapes: Mapping[str, tuple[int, ...]]
     raise CheckpointError(
         f"The file was taken for {part.kind}, but {found}",
         f"a complete {part.kind} of FLUX.1.",
-        "Choose or download the file again in 'Load Text Encoders (FLUX)'.",
+        "choose or download the file again in 'Load Text Encoders (FLUX)'.",
     )
 
 
@@ -204,7 +204,7 @@ def _matrix(part: Part, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tup
             f"The file was taken for {part.kind}, but its '{name}' is "
             + ("missing." if shape is None else f"{_sides(shape) or 'a single number'}."),
             f"a complete {part.kind} of FLUX.1.",
-            "Choose or download the file again in 'Load Text Encoders (FLUX)'.",
+            "choose or download the file again in 'Load Text Encoders (FLUX)'.",
         )
     return shape[0], shape[1]
 
