@@ -6,20 +6,24 @@ from torch import Tensor
 from .errors import FamilyMismatchError, NonFiniteError, ShapeError
 from .families import LatentSpec
 
+_LOOK_BEFORE = (
+    "look at the node that made it; float16 overflows on some models and devices: load them as "
+    "bfloat16 or float32."
+)
 
-def check_finite(values: Tensor, name: str) -> None:
+
+def check_finite(values: Tensor, name: str, fix: str = _LOOK_BEFORE) -> None:
     """Refuse NaN and infinity.
 
     Raises:
-        NonFiniteError: `name` holds some.
+        NonFiniteError: `name` holds some; `fix` says what to change.
     """
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise NonFiniteError(
-            f"The {name} input holds {bad} values that are NaN or infinite, of {values.numel()}.",
+            f"The {name} holds {bad} values that are NaN or infinite, of {values.numel()}.",
             "finite values.",
-            "look at the node that made it; float16 overflows on some models and devices: load "
-            "them as bfloat16 or float32.",
+            fix,
         )
 
 

@@ -1,5 +1,14 @@
 """One small tree of errors: each says what was found, what was needed, and the fix."""
 
+_LONGEST = 600  # characters of one part of a message
+
+
+def printable(text: str) -> str:
+    """Make words from a file or a workflow safe to print: encodable, and not endless."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"
+    return text.encode("utf-8", "backslashreplace").decode()
+
 
 class GlassboxError(ValueError):
     """Base of every error a user can cause and cure.
@@ -11,8 +20,8 @@ class GlassboxError(ValueError):
     """
 
     def __init__(self, found: str, needed: str, fix: str) -> None:
-        self.found, self.needed, self.fix = found, needed, fix
-        super().__init__(f"{found} Needed: {needed} Fix: {fix}")
+        self.found, self.needed, self.fix = map(printable, (found, needed, fix))
+        super().__init__(f"{self.found} Needed: {self.needed} Fix: {self.fix}")
 
 
 class ShapeError(GlassboxError):

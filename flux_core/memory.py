@@ -3,7 +3,7 @@
 import math
 
 from .errors import MemoryLimitError
-from .families import AutoencoderSpec, TransformerSpec
+from .families import AutoencoderSpec, LatentSpec, TransformerSpec
 
 # Widths of the hidden state alive at once in a block, beside the MLP's. Measured on a CPU with
 # 8,704 tokens: 30 in all in float32, 38 in bfloat16, which rotates in float32.
@@ -40,6 +40,17 @@ def encode_bytes(spec: AutoencoderSpec, pixels: int, element_bytes: int) -> int:
 def decode_bytes(spec: AutoencoderSpec, pixels: int, element_bytes: int) -> int:
     """Estimate what decoding one picture of so many pixels takes."""
     return pixels * _DECODE_PER_PIXEL * element_bytes * spec.channels // _CHANNELS
+
+
+def noise_bytes(latent: LatentSpec, height_px: int, width_px: int, batch: int) -> int:
+    """Count what noise takes while it is drawn and packed, in float32."""
+    pixels = max(batch, 0) * max(height_px, 0) * max(width_px, 0)
+    return 2 * 4 * latent.channels * pixels // latent.downscale**2
+
+
+def fit_bytes(batch: int, height_px: int, width_px: int) -> int:
+    """Estimate what resizing pictures to this size takes: the result, and one in work."""
+    return 2 * 3 * 4 * max(batch, 0) * max(height_px, 0) * max(width_px, 0)
 
 
 def require_memory(needed: float, available: float, job: str, fix: str) -> None:

@@ -4,8 +4,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .errors import SettingError
 from .families import LatentSpec
 from .types import Ids, TokenValues
+
+MAX_GUIDANCE = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,15 @@ class Conditioning:
     text: TextFeatures
     references: tuple[Tokens, ...] = ()
     guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a guidance that is no number from 0 to 100."""
+        if self.guidance is not None and not 0.0 <= self.guidance <= MAX_GUIDANCE:
+            raise SettingError(
+                f"guidance is {self.guidance}.",
+                f"a number from 0 to {MAX_GUIDANCE:g}.",
+                "set it in 'Reference Conditioner (FLUX)'.",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..flux_core import memory
-from ..flux_core.checks import check_latent, check_sides
+from ..flux_core.checks import check_finite, check_latent, check_sides
 from ..flux_core.families import LatentSpec
 from ..flux_core.image.pixels import check_image, to_image, to_pixels
 from ..flux_core.sampling.denoise import denoise, finish, sampling_notes
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ..flux_core.image.autoencoder import Autoencoder
     from ..flux_core.text.encoders import TextEncoders
     from ..flux_core.transformer.flux1 import Flux1
+
+
+_OVERFLOW = "float16 overflows: set dtype to bfloat16 or float32 in 'Load Autoencoder (FLUX)'."
 
 
 class _Residency:
@@ -174,15 +177,17 @@ class AutoencoderHandle:
         Raises:
             FamilyMismatchError: a latent of another autoencoder.
             MemoryLimitError: one picture takes more memory than there is.
+            NonFiniteError: the autoencoder overflowed.
         """
         check_latent(spec, self.latent, "tokens")
         scale = self.latent.downscale
         height, width = latent.shape[2] * scale, latent.shape[3] * scale
         self._make_room(memory.decode_bytes, "Decoding", height, width)
-        images = [
-            host.to_outputs(to_image(self.autoencoder.decode(self._here(one))))
-            for one in latent.split(1)
-        ]
+        images: list[Image] = []
+        for one in latent.split(1):
+            pixels = self.autoencoder.decode(self._here(one))
+            check_finite(pixels, "decoded picture", _OVERFLOW)
+            images.append(host.to_outputs(to_image(pixels)))
         return torch.cat(images)
 
     def _here(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..flux_core.errors import CheckpointError, SettingError
 from ..flux_core.families import LatentSpec
+from ..flux_core.memory import require_memory
 from ..flux_core.nano.paths import DIFFUSION_MODELS
 from ..flux_core.operations import Operations
 from ..flux_core.sampling.solver import Step
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_CHOICES = ["auto", *DTYPES]
+_PREVIEW_PX = 512  # the side ComfyUI shrinks previews to
 MAX_SIDE_PX = 16384  # ComfyUI's own MAX_RESOLUTION
 _SHARE_OF_RAM = 0.5  # float32 on a CPU only if the weights fill at most this much of free memory
 
@@ -215,6 +217,15 @@ def _free_bytes(device: torch.device) -> float:
     return cast(float, mm.get_free_memory(device))
 
 
+def require_room(needed: int, job: str, fix: str) -> None:
+    """Refuse a tensor that the CPU's memory cannot hold.
+
+    Raises:
+        MemoryLimitError: it needs more bytes than there are.
+    """
+    require_memory(needed, available_bytes(torch.device("cpu")), job, fix)
+
+
 # ---- running
 
 
@@ -256,6 +267,9 @@ def drive(steps: Iterator[Step], target: Tokens, device: torch.device) -> Step:
 def _preview(previewer: Any, step: Step, target: Tokens) -> Any:
     if previewer is None:
         return None
+    short, long = sorted(target.grid)
+    if long >= _PREVIEW_PX * short:
+        return None  # ComfyUI would shrink the short side to nothing, and stop its server
     latent = unpack_tokens(step.denoised, target.grid, target.latent)
     return previewer.decode_latent_to_preview_image("JPEG", latent)
 

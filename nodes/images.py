@@ -8,6 +8,7 @@ from ..flux_core.checks import check_finite
 from ..flux_core.families import FLUX1_LATENT
 from ..flux_core.image.fit import FitMethod, fit_image, keep_size, preferred_size, undo_fit
 from ..flux_core.image.pixels import check_image
+from ..flux_core.memory import fit_bytes
 from ..flux_core.tokens.pack import latent_tokens, tokens_latent
 from ..flux_core.types import Image
 from ..flux_core.values import Fit
@@ -86,6 +87,11 @@ def _fit(image: Image, size: str, exact: tuple[int, int], method: FitMethod) -> 
     if size == "preferred":
         width, height = preferred_size(image.shape[2], image.shape[1])
         return fit_image(image, (height, width), method, multiple)
+    host.require_room(
+        fit_bytes(image.shape[0], *exact),
+        f"{image.shape[0]} pictures of {exact[1]}x{exact[0]}",
+        "make width and height smaller.",
+    )
     return fit_image(image, exact, method, multiple)
 
 
@@ -162,6 +168,6 @@ class UnpackAndDecode(io.ComfyNode):
         tokens: TokensSocket.Type,
         fit: FitSocket.Type | None = None,
     ) -> io.NodeOutput:
-        check_finite(tokens.values, "tokens")
+        check_finite(tokens.values, "tokens input")
         image = autoencoder.decode(tokens_latent(tokens), tokens.latent)
         return io.NodeOutput(image if fit is None else undo_fit(image, fit))

@@ -3,9 +3,10 @@
 from comfy_api.latest import io
 from typing_extensions import override
 
+from ..flux_core.errors import SettingError
 from ..flux_core.families import Placement
 from ..flux_core.tokens.references import place_references
-from ..flux_core.values import Conditioning
+from ..flux_core.values import Conditioning, Tokens
 from .sockets import ConditioningSocket, TextSocket, TokensSocket
 
 _MAX_REFERENCES = 100  # ComfyUI's own limit for inputs that grow
@@ -66,6 +67,18 @@ class ReferenceConditioner(io.ComfyNode):
         references: io.Autogrow.Type | None = None,
     ) -> io.NodeOutput:
         wired = references or {}
+        if not all(isinstance(one, Tokens | None) for one in _values(wired)):
+            raise SettingError(
+                "references holds something that is not tokens.",
+                "tokens on reference_1, reference_2, ….",
+                "wire 'Encode and Pack (FLUX)' to each; in API form the inputs are called "
+                "references.reference_1 and so on.",
+            )
         ordered = [wired[name] for name in _NAMES if wired.get(name) is not None]
         placed = place_references(ordered, placement)
         return io.NodeOutput(Conditioning(text=text, references=placed, guidance=guidance))
+
+
+def _values(wired: object) -> list[object]:
+    """Give what the growing input holds; a workflow written by hand may hold anything."""
+    return list(wired.values()) if isinstance(wired, dict) else [wired]

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 from typing_extensions import override
 
 from ..flux_core.checks import check_latent
+from ..flux_core.memory import noise_bytes
 from ..flux_core.sampling.guidance import Passes, TrueCFG
 from ..flux_core.sampling.noise import MAX_SEED, make_noise
 from ..flux_core.sampling.sigmas import SigmaKind, make_sigmas
@@ -73,7 +74,13 @@ class Noise(io.ComfyNode):
     def execute(
         cls, model: ModelSocket.Type, width: int, height: int, seed: int, batch_size: int
     ) -> io.NodeOutput:
-        return io.NodeOutput(make_noise(model.family.latent, height, width, seed, batch_size))
+        latent = model.family.latent
+        host.require_room(
+            noise_bytes(latent, height, width, batch_size),
+            f"Noise for {batch_size} of {width}x{height}",
+            "make the picture or the batch smaller.",
+        )
+        return io.NodeOutput(make_noise(latent, height, width, seed, batch_size))
 
 
 class Schedule(io.ComfyNode):

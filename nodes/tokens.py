@@ -88,7 +88,7 @@ class PackLatent(io.ComfyNode):
     @override
     def execute(cls, latent: io.Latent.Type, latent_format: str) -> io.NodeOutput:
         samples = host.latent_samples(latent)
-        check_finite(samples, "latent")
+        check_finite(samples, "latent input")
         return io.NodeOutput(latent_tokens(samples, LATENTS[latent_format]))
 
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..checks import check_finite
 from ..errors import ShapeError
 from ..types import Image
 
@@ -16,6 +17,7 @@ def check_image(image: Image) -> None:
 
     Raises:
         ShapeError: it is not (B, H, W, 3) with at least one picture of one pixel.
+        NonFiniteError: it holds NaN or infinity.
     """
     if image.ndim != 4 or 0 in image.shape:
         raise ShapeError(
@@ -31,6 +33,7 @@ def check_image(image: Image) -> None:
             "3: red, green and blue.",
             _CHANNEL_FIX.get(channels, "convert it to RGB first."),
         )
+    check_finite(image, "picture", "look at the node that made it.")
 
 
 def to_pixels(image: Image) -> Tensor:

@@ -186,11 +186,9 @@ def _check_finite(
             (f"reference {number}{where}", tokens.values)
             for number, tokens in enumerate(one.references, 1)
         ]
-        if one.guidance is not None:
-            inputs.append((f"guidance{where}", torch.tensor(one.guidance)))
     for name, tensor in inputs:
         if tensor is not None:
-            check_finite(tensor, name)
+            check_finite(tensor, f"{name} input")
 
 
 def _px(tokens: Tokens) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import SettingError, ShapeError
 from ..families import FluxFamily, TransformerSpec
 from ..types import Sigmas, TokenValues
-from ..values import Conditioning, TextFeatures, Tokens
+from ..values import MAX_GUIDANCE, Conditioning, TextFeatures, Tokens
 
 Passes = Literal["batched", "in turn"]
 
@@ -67,8 +67,9 @@ class TrueCFG:
 
     def __post_init__(self) -> None:
         node = "set it in 'Sample True CFG (FLUX)'."
-        if not math.isfinite(self.scale):
-            raise SettingError(f"cfg is {self.scale}.", "a finite number.", node)
+        if not 0.0 <= self.scale <= MAX_GUIDANCE:
+            needed = f"a number from 0 to {MAX_GUIDANCE:g}."
+            raise SettingError(f"cfg is {self.scale}.", needed, node)
         if not (0.0 <= self.start <= 1.0 and 0.0 <= self.end <= 1.0):
             raise SettingError(
                 f"The CFG window is {self.start} to {self.end}.", "start and end in 0..1.", node

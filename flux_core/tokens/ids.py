@@ -4,10 +4,12 @@ Ids stay float32: bfloat16 is exact only up to 256.
 Source: black-forest-labs/flux@802fb47 src/flux/sampling.py prepare, prepare_kontext.
 """
 
+import math
 from dataclasses import replace
 
 import torch
 
+from ..errors import SettingError
 from ..families import LatentSpec
 from ..types import Ids
 from ..values import Tokens
@@ -47,7 +49,17 @@ def text_ids(length: int, spec: LatentSpec, device: torch.device | str | None = 
 
 
 def place(tokens: Tokens, *, index: float, row: float = 0.0, column: float = 0.0) -> Tokens:
-    """Move a picture's tokens to another place; the values stay what they are."""
+    """Move a picture's tokens to another place; the values stay what they are.
+
+    Raises:
+        SettingError: a place that is no finite number.
+    """
+    if not all(map(math.isfinite, (index, row, column))):
+        raise SettingError(
+            f"The place is index {index}, row {row}, column {column}.",
+            "finite numbers.",
+            "set them in 'Position Ids (FLUX)'.",
+        )
     ids = image_ids(
         tokens.grid, tokens.latent, index=index, row=row, column=column, device=tokens.ids.device
     )

@@ -24,10 +24,10 @@ def pack_latent(latent: Latent, spec: LatentSpec) -> TokenValues:
     Raises:
         ShapeError: another channel count, or a side that does not divide.
     """
-    if latent.ndim != 4 or latent.shape[1] != spec.channels:
+    if latent.ndim != 4 or latent.shape[1] != spec.channels or not latent.shape[0]:
         raise ShapeError(
             f"The latent has shape {tuple(latent.shape)}.",
-            f"(batch, {spec.channels}, height, width) for {spec.name}.",
+            f"(batch, {spec.channels}, height, width) for {spec.name}, with a batch of 1 or more.",
             "choose the latent format that made it, or the autoencoder of this family.",
         )
     batch, channels, height, width = latent.shape

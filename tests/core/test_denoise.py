@@ -228,7 +228,6 @@ def test_a_start_below_sigma_one_mixes_the_noise_with_the_picture() -> None:
         ("text", "The text input holds"),
         ("pooled", "The pooled text input holds"),
         ("reference", "The reference 2 input holds"),
-        ("guidance", "The guidance input holds"),
         ("negative", "The reference 1 of the negative conditioning input holds"),
     ],
 )
@@ -246,8 +245,6 @@ def test_nan_is_refused_and_its_input_named(part: str, name: str) -> None:
         one = replace(one, text=replace(one.text, pooled=one.text.pooled * float("inf")))
     elif part == "reference":
         one = replace(one, references=(good, bad))
-    elif part == "guidance":
-        one = replace(one, guidance=nan)
     else:
         cfg = TrueCFG(negative=conditioning(1, bad), scale=2.0)
     with pytest.raises(NonFiniteError, match=name):

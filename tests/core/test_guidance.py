@@ -86,7 +86,7 @@ def test_without_cfg_one_pass_runs_each_step() -> None:
     assert network.ran == [(0, 1), (1, 1), (2, 1)]
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0, -2.0])
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("passes", ["batched", "in turn"])
 def test_cfg_of_one_or_less_plans_and_runs_the_positive_only(scale: float, passes: str) -> None:
     network, positive = Passes(), conditioning(1)
