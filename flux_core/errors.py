@@ -19,6 +19,11 @@ class GlassboxError(ValueError):
         fix: which node or setting changes it.
     """
 
+    __module__ = "glassbox"  # people read it: the real one holds the folder of the pack
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "glassbox"
+
     def __init__(self, found: str, needed: str, fix: str) -> None:
         self.found, self.needed, self.fix = map(printable, (found, needed, fix))
         super().__init__(f"{self.found} Needed: {self.needed} Fix: {self.fix}")

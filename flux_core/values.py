@@ -42,6 +42,7 @@ class Tokens:
     ids: Ids
     grid: tuple[int, int]  # rows, columns
     latent: LatentSpec
+    is_noise: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,7 +84,7 @@ class ModelHandle:
         """
         steps = len(sigmas) - 1
         self._make_room(conditioning, noise, steps, cfg)
-        host.tell(sampling_notes(self.network, conditioning, steps=steps, cfg=cfg))
+        host.tell(sampling_notes(self.network, conditioning, steps=steps, cfg=cfg, noise=noise))
         here = replace(noise, values=noise.values.to(self.device))
         run = denoise(self.network, conditioning, here, sigmas, cfg=cfg, solver=solver)
         last = host.drive(run, noise, self.device)

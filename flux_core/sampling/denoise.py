@@ -63,7 +63,7 @@ def denoise(
         )
     _check_latents(network, noise, start)
     _check_finite(conditioning, noise, cfg, start)
-    for note in sampling_notes(network, conditioning, steps=len(sigmas) - 1, cfg=cfg):
+    for note in sampling_notes(network, conditioning, steps=len(sigmas) - 1, cfg=cfg, noise=noise):
         _log.warning(note)
     conditioning = _with_guidance(conditioning, network)
     if cfg is not None:
@@ -93,14 +93,27 @@ def finish(x: TokenValues, target: Tokens) -> Tokens:
             "set dtype to bfloat16 or float32 in 'Load Model (FLUX)': float16 overflows on some "
             "models and devices.",
         )
-    return replace(target, values=x / target.latent.scale + target.latent.shift)
+    values = x / target.latent.scale + target.latent.shift
+    return replace(target, values=values, is_noise=False)
 
 
 def sampling_notes(
-    network: Network, conditioning: Conditioning, *, steps: int, cfg: TrueCFG | None = None
+    network: Network,
+    conditioning: Conditioning,
+    *,
+    steps: int,
+    cfg: TrueCFG | None = None,
+    noise: Tokens | None = None,
 ) -> tuple[str, ...]:
     """Say what a run will do that its settings may not lead one to expect."""
     family, notes = network.family, list[str]()
+    if noise is not None and not noise.is_noise:
+        notes.append("the noise is not from 'Noise (FLUX)': a picture there is taken for noise.")
+    notes += [
+        f"reference {number} is noise, not a picture."
+        for number, tokens in enumerate(conditioning.references, 1)
+        if tokens.is_noise
+    ]
     guidance = conditioning.guidance
     if not network.spec.has_guidance and guidance is not None:
         notes.append(f"guidance {guidance:g} is ignored: {family.title} has no guidance input.")
@@ -108,10 +121,7 @@ def sampling_notes(
         notes.append(f"guidance is {family.default_guidance:g}, the default of {family.title}.")
     count, trained = len(conditioning.references), family.trained_references
     if count > trained:
-        notes.append(
-            f"{count} references are given; {family.title} was trained with "
-            f"{trained if trained else 'none'}."
-        )
+        notes.append(f"{count} references; the model was trained with {trained or 'none'}.")
     length = conditioning.text.txt.shape[1]
     if length > family.text.t5_tokens:
         notes.append(
@@ -124,10 +134,7 @@ def sampling_notes(
             why = "cfg is 1 or less" if cfg.scale <= 1.0 else "the window holds no step"
             notes.append(f"the negative conditioning is not used: {why}.")
         elif network.spec.has_guidance:
-            notes.append(
-                f"cfg {cfg.scale:g} runs {twice} of {steps} steps twice; {family.title} is "
-                "guidance-distilled and needs no negative."
-            )
+            notes.append(f"{twice} of {steps} steps run twice; this model needs no negative.")
     return tuple(notes)
 
 

@@ -1,5 +1,7 @@
 """Seeded noise, the same on every machine."""
 
+from dataclasses import replace
+
 import torch
 
 from ..errors import SettingError, ShapeError
@@ -50,7 +52,7 @@ def make_noise(
     shape = (batch, spec.channels, height_px // spec.downscale, width_px // spec.downscale)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     latent = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
-    return latent_tokens(latent, spec)
+    return replace(latent_tokens(latent, spec), is_noise=True)
 
 
 def _nearest(side_px: int, multiple: int) -> int:

@@ -324,7 +324,7 @@ def test_an_unused_negative_and_the_price_of_a_used_one_are_said() -> None:
     for scale, end, words in (
         (1.0, 1.0, "the negative conditioning is not used: cfg is 1 or less."),
         (4.0, 0.0, "the negative conditioning is not used: the window holds no step."),
-        (4.0, 0.5, "cfg 4 runs 2 of 4 steps twice"),
+        (4.0, 0.5, "2 of 4 steps run twice"),
     ):
         cfg = TrueCFG(negative=negative, scale=scale, end=end)
         (note,) = sampling_notes(network, conditioning(1), steps=4, cfg=cfg)
@@ -333,7 +333,13 @@ def test_an_unused_negative_and_the_price_of_a_used_one_are_said() -> None:
 
 def test_more_references_than_the_family_was_trained_with_are_said() -> None:
     two = conditioning(1, picture(1), picture(2))
-    assert sampling_notes(tiny(), two, steps=4) == (
-        "2 references are given; FLUX.1 Kontext [dev] was trained with 1.",
-    )
+    assert sampling_notes(tiny(), two, steps=4) == ("2 references; the model was trained with 1.",)
     assert "trained with none" in sampling_notes(tiny(FLUX1_DEV), two, steps=4)[0]
+
+
+def test_a_picture_in_the_place_of_noise_and_noise_as_a_reference_are_said() -> None:
+    one = conditioning(1, make_noise(FLUX1_KONTEXT.latent, 32, 32, 1))
+    notes = sampling_notes(tiny(), one, steps=4, noise=picture(1))
+    assert "not from 'Noise (FLUX)'" in notes[0]
+    assert notes[1] == "reference 1 is noise, not a picture."
+    assert sampling_notes(tiny(), conditioning(1), steps=4, noise=NOISE) == ()

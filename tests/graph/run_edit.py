@@ -21,12 +21,12 @@ from .server import ROOT, Comfy, ComfyError
 
 WORKFLOW = ROOT / "workflows" / "api" / "01_nano_kontext_edit.json"
 PICTURES = ROOT / "workflows" / "input"
-NANO_SIDES_PX = range(96, 129)  # what the embedded model has seen
-NANO_SIZE_PX = 128
+NANO_SIDE_PX = 96  # what the embedded model has seen
 
 ABOUT = """\
-The embedded model is a toy: it knows only coloured shapes (circle, square, triangle, star,
-diamond) on plain backgrounds. The same graph edits photographs with these files, see README:
+The embedded model is a toy: it knows only coloured shapes on plain backgrounds (circle, square,
+triangle, star, diamond; red, green, blue, yellow, orange, purple, white, black), and to recolour,
+remove and add them. The same graph edits photographs with these files, see README:
   models/diffusion_models/  flux1-kontext-dev.safetensors
   models/text_encoders/     clip_l.safetensors and t5xxl_fp16.safetensors
   models/vae/               ae.safetensors"""
@@ -116,13 +116,13 @@ def fit_picture(graph: Graph, picture: Path) -> str:
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         needed = "a whole PNG, JPEG or WebP file is needed"
         raise EditError(f"{picture} cannot be read as a picture ({error}); {needed}.") from None
-    if width in NANO_SIDES_PX and height in NANO_SIDES_PX:
+    side = NANO_SIDE_PX
+    if width == height == side:
         return ""
-    side = NANO_SIZE_PX
     node(graph, "GlassboxFitImage").update(size="exact", width=side, height=side, method="pad")
     return (
-        f"The picture is {width}×{height}; the embedded model draws {NANO_SIDES_PX[0]} to "
-        f"{NANO_SIDES_PX[-1]} pixels a side, so Fit Image pads and scales it to {side}×{side}."
+        f"The picture is {width}×{height}; the embedded model draws {side}×{side} pixels, so Fit "
+        "Image pads and scales it to that."
     )
 
 
