@@ -57,7 +57,8 @@ def tiny(family: FluxFamily = FLUX1_KONTEXT, spec: TransformerSpec = TINY):
 
 
 def picture(seed: int, *, batch: int = 1, size: int = 32) -> Tokens:
-    return place(make_noise(FLUX1_KONTEXT.latent, size, size, seed, batch), index=1.0)
+    values = make_noise(FLUX1_KONTEXT.latent, size, size, seed, batch)
+    return place(replace(values, is_noise=False), index=1.0)
 
 
 def conditioning(seed: int, *references: Tokens, batch: int = 1) -> Conditioning:
