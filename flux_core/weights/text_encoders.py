@@ -19,6 +19,7 @@ from ..text.encoders import LOADER, TextEncoders
 from ..text.modules import CLIP_L, T5_XXL, ClipSpec, T5Spec, build_clip, build_t5
 from ..text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from .files import Checkpoint, open_checkpoint
+from .names import shorten
 from .text_keys import (
     Kind,
     Part,
@@ -120,7 +121,7 @@ def _find(file: Checkpoint) -> list[_Found]:
     if left and any(part.is_whole_file and part.other is None for part in parts):
         raise CheckpointError(
             f"{file.path.name} holds {len(left)} tensors beside its text encoder, first "
-            f"'{left[0]}'.",
+            f"'{shorten(left[0])}'.",
             "a file of the text encoder alone, or a whole checkpoint with its usual prefixes.",
             f"choose or download another file in {LOADER}.",
         )

@@ -12,6 +12,7 @@ from typing import Literal
 
 from ..errors import CheckpointError
 from ..text.modules import CLIP_L, T5_XXL, ClipSpec, Shapes, T5Spec
+from .names import MOST_BLOCKS, shorten
 
 Kind = Literal["CLIP-L", "T5"]
 
@@ -28,12 +29,14 @@ _KNOWN_EXTRAS = re.compile(
     r"embeddings\.position_ids|logit_scale|logit_bias|text_projection(\.weight)?"
     r"|visual_projection\.weight|vision_model\..*|lm_head\.weight|decoder\..*"
     r"|shared\.weight|encoder\.embed_tokens\.weight|spiece_model|scaled_fp8"
-    r"|.*\.(scale_input|input_scale|comfy_quant)"
-    r")"
+    r"|scale_input|input_scale|comfy_quant"
+    r")",
+    re.DOTALL,  # a name of many dots or lines must not cost more than its length
 )
 # Widths of text encoders that look like FLUX.1's and are not.
 _OTHER_CLIPS = {512: "CLIP ViT-B", 1024: "CLIP-H (OpenCLIP)", 1280: "CLIP-G (OpenCLIP)"}
 _OTHER_T5S = {512: "T5 small", 768: "T5 base", 1024: "T5 large", 2048: "T5 XL"}
+_MOST_PARTS = 16  # encoders in one file; published checkpoints have up to four
 _STRANGERS = (
     (r"\.lora_(A|B|down|up)\b|^lora_", "a LoRA"),
     (r"double_blocks\.0\.", "a FLUX diffusion model"),
@@ -66,7 +69,18 @@ class Part:
 
 
 def find_parts(shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
-    """Find every CLIP and T5 in a file, wanted or not."""
+    """Find every CLIP and T5 in a file, wanted or not.
+
+    Raises:
+        CheckpointError: there are more than any file has.
+    """
+    count = sum(key.endswith((_CLIP_MARK, _T5_MARK)) for key in shapes)
+    if count > _MOST_PARTS:
+        raise CheckpointError(
+            f"The file holds {count:,} text encoders.",
+            "one or two of them.",
+            "choose another file in 'Load Text Encoders (FLUX)'.",
+        )
     parts: list[Part] = []
     for key in shapes:
         if key.endswith(_CLIP_MARK):
@@ -90,7 +104,7 @@ def describe_stranger(shapes: Mapping[str, tuple[int, ...]]) -> str:
         if any(re.search(pattern, key) for key in shapes):
             return name
     first = next(iter(shapes), "none")
-    return f"a file of {len(shapes)} tensors that are no text encoder (first: '{first}')"
+    return f"a file of {len(shapes)} tensors that are no text encoder (first: '{shorten(first)}')"
 
 
 def clip_spec(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> ClipSpec:
@@ -136,14 +150,15 @@ def check_part(part: Part, needed: Shapes, shapes: Mapping[str, tuple[int, ...]]
     extra = [key for name, key in part.keys.items() if name not in needed]
     wrong = [n for n, shape in needed.items() if n in part.keys and shapes[part.keys[n]] != shape]
     if missing:
-        found = f"{len(missing)} of its tensors are missing, first '{missing[0]}'."
+        found = f"{len(missing)} of its tensors are missing, first '{shorten(missing[0])}'."
     elif extra:
-        found = f"{len(extra)} tensors do not belong to it, first '{extra[0]}'."
+        found = f"{len(extra)} tensors do not belong to it, first '{shorten(extra[0])}'."
     elif wrong:
         name = wrong[0]
+        key = part.keys[name]
         found = (
-            f"{len(wrong)} of its tensors have another shape; first '{part.keys[name]}' is "
-            f"{_sides(shapes[part.keys[name]])}, not {_sides(needed[name])}."
+            f"{len(wrong)} of its tensors have another shape; first '{shorten(key)}' is "
+            f"{_sides(shapes[key])}, not {_sides(needed[name])}."
         )
     else:
         return
@@ -182,17 +197,30 @@ def _other_model(
 ) -> str | None:
     """Name the model when it is built like the wanted one but is not it."""
     if kind == "CLIP-L":
-        return _OTHER_CLIPS.get(shapes[keys[_CLIP_MARK]][-1])
+        return _OTHER_CLIPS.get(_width(shapes[keys[_CLIP_MARK]]))
     if "block.1.layer.0.SelfAttention.relative_attention_bias.weight" in keys:
         return "UMT5"
     if "block.0.layer.1.DenseReluDense.wi.weight" in keys:
         return "T5 of the first version (not v1.1)"
-    return _OTHER_T5S.get(shapes[keys[_T5_MARK]][-1])
+    return _OTHER_T5S.get(_width(shapes[keys[_T5_MARK]]))
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    return shape[-1] if shape else 0
 
 
 def _count_layers(part: Part, pattern: str) -> int:
-    numbers = [int(found[1]) for name in part.keys if (found := re.match(pattern, name))]
-    return max(numbers, default=-1) + 1
+    """Count layers from the largest number, without trusting it."""
+    numbers = [found[1] for name in part.keys if (found := re.match(pattern, name))]
+    longest = max(map(len, numbers), default=0)
+    count = max(map(int, numbers), default=-1) + 1 if longest < 6 else MOST_BLOCKS + 1
+    if count > MOST_BLOCKS:
+        raise CheckpointError(
+            f"The file was taken for {part.kind}, but it numbers more than {MOST_BLOCKS} layers.",
+            f"a complete {part.kind} of FLUX.1.",
+            "choose or download the file again in 'Load Text Encoders (FLUX)'.",
+        )
+    return count
 
 
 def _matrix(part: Part, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -210,4 +238,4 @@ def _matrix(part: Part, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tup
 
 
 def _sides(shape: tuple[int, ...]) -> str:
-    return " by ".join(map(str, shape))
+    return shorten(" by ".join(map(str, shape)))
