@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .layout import Layout, Recipe, count_numbers, find_prefix, lay_out
 
+MOST_LEVELS = 8  # of resolution; FLUX.1's autoencoder has 4
 PREFIXES = ("", "first_stage_model.", "vae.")
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _OURS = {theirs: ours for ours, theirs in _ATTENTION.items()}
@@ -34,7 +35,7 @@ def autoencoder_layout(keys: Iterable[str]) -> Layout | None:
     prefix = find_prefix(keys, PREFIXES, ("encoder.down_blocks.", "decoder.up_blocks."))
     if prefix is None:
         return None
-    levels = count_numbers(keys, prefix + "decoder.up_blocks.")
+    levels = count_numbers(keys, prefix + "decoder.up_blocks.", MOST_LEVELS)
     recipes: dict[str, Recipe] = {}
     for key in keys:
         if key.startswith(prefix):

@@ -9,6 +9,7 @@ from .files import Checkpoint
 from .header import ANOTHER_FILE
 from .kinds import PARTS, QUANTISED, Kind, identify
 from .layout import Layout
+from .names import shorten
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -39,7 +40,7 @@ def expect_layout(
         needed += ", not quantised" if kind in QUANTISED else ""
         raise CheckpointError(f"{checkpoint.path.name} is {kind.title}.", f"{needed}.", kind.fix)
     if layout is None:
-        first = ", ".join(sorted(keys)[:3])
+        first = ", ".join(map(shorten, sorted(keys)[:3]))
         raise CheckpointError(
             f"{checkpoint.path.name} is of a kind that is not known here; it holds "
             f"{len(keys)} tensors, first {first}.",
@@ -91,7 +92,7 @@ def check_tensors(
     surplus = {key for key in shapes if key not in needed}
     unknown = [*layout.left, *(part for key in surplus for part in layout.recipes[key].parts)]
     wrong = [
-        f"{key} is {_by(shapes[key])} and not {_by(shape)}"
+        f"{shorten(key)} is {_by(shapes[key])} and not {_by(shape)}"
         for key, shape in needed.items()
         if shapes.get(key, shape) != shape
     ]
@@ -108,14 +109,18 @@ def check_tensors(
         raise _misfit(checkpoint, title, found, f"its {len(needed)} tensors and no others")
 
 
+_LONGEST = 150  # characters of one fault: a name, or a name with two shapes
+
+
 def _some(names: list[str], what: str) -> str:
     rest = ", …" if len(names) > 3 else ""
     verb = "is" if len(names) == 1 else "are"
-    return f"{len(names)} {verb} {what} ({', '.join(names[:3])}{rest})"
+    first = ", ".join(shorten(name, _LONGEST) for name in names[:3])
+    return f"{len(names)} {verb} {what} ({first}{rest})"
 
 
 def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a single value"
+    return shorten("x".join(map(str, shape))) or "a single value"
 
 
 def _misfit(checkpoint: Checkpoint, title: str, found: list[str], needed: str) -> CheckpointError:

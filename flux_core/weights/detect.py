@@ -20,13 +20,14 @@ from ..families import (
     FluxFamily,
     TransformerSpec,
 )
+from .autoencoder_keys import MOST_LEVELS
 from .header import ANOTHER_FILE
 from .layout import Shapes, count_numbers
 
 FAMILY_KEY = "glassbox_family"  # in the metadata of files this project writes
 # Packed input channels that tell FLUX.1's other tools from its plain models.
 _TOOLS = {384: "FLUX.1 Fill [dev]", 128: "FLUX.1 Canny or Depth [dev]"}
-
+_MOST_RES_BLOCKS = 16  # at one level; FLUX.1's autoencoder has 2
 
 # The tensors that tell the sizes of a model.
 FLUX1_SIZING = (
@@ -107,13 +108,13 @@ def spec_of_autoencoder(
         CheckpointError: a tensor that tells a size is missing, or the latent is of another kind.
     """
     channels = _sized(shapes, "encoder.conv_in.weight")[0]
-    levels = count_numbers(shapes, "encoder.down.")
+    levels = count_numbers(shapes, "encoder.down.", MOST_LEVELS)
     widths = [_sized(shapes, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)]
     found = replace(
         FLUX1_AUTOENCODER,
         channels=channels,
         channel_mult=tuple(width // channels for width in widths),
-        res_blocks=count_numbers(shapes, "encoder.down.0.block."),
+        res_blocks=count_numbers(shapes, "encoder.down.0.block.", _MOST_RES_BLOCKS),
     )
     said = FAMILIES.get(metadata.get(FAMILY_KEY, ""))
     how = Known(True, "guessed: no autoencoder of this size is known")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .names import MOST_BLOCKS, shorten
 
 Shapes = Mapping[str, tuple[int, ...]]
 Change = Literal["none", "swap halves", "1x1 kernel"]
@@ -31,8 +32,10 @@ class Recipe:
         """
         first, *others = (shapes[part] for part in self.parts)
         if others and (not first or any(other[1:] != first[1:] for other in others)):
+            names = " and ".join(map(shorten, self.parts))
+            sides = (shorten(str(shape)) for shape in (first, *others))
             raise CheckpointError(
-                f"{' and '.join(self.parts)} are {' and '.join(map(str, (first, *others)))}.",
+                f"{names} are {' and '.join(sides)}.",
                 "shapes that fit one another, to be stacked.",
                 "download the file again, or choose another in the loader.",
             )
@@ -101,14 +104,21 @@ def lay_out(
     )
 
 
-def count_numbers(keys: Iterable[str], stem: str) -> int:
+def count_numbers(keys: Iterable[str], stem: str, most: int = MOST_BLOCKS) -> int:
     """Count the blocks or levels `stem`0., `stem`1., … of which there are keys.
 
     Raises:
-        CheckpointError: a number is missing between them.
+        CheckpointError: there are more than `most`, for which no network shall be built, or a
+            number is missing between them.
     """
     rests = (key[len(stem) :].split(".")[0] for key in keys if key.startswith(stem))
     numbers = {int(rest) for rest in rests if rest.isdecimal() and len(rest) < 6}
+    if len(numbers) > most:
+        raise CheckpointError(
+            f"The file numbers {len(numbers):,} {stem.rstrip('.')}.",
+            f"at most {most}.",
+            "download the file again, or choose another in the loader.",
+        )
     gaps = sorted(set(range(len(numbers))) - numbers)
     if gaps:
         raise CheckpointError(
