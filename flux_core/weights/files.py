@@ -3,6 +3,7 @@
 Opening reads headers only. Only safetensors are read: a pickled file can run code.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -19,11 +20,13 @@ from .header import (
     ANOTHER_FILE,
     HEADER_LIMIT,
     NEEDED,
+    check_names,
     malformed,
     parse_table,
     read_bytes,
     read_header,
 )
+from .names import check_path, is_text, shorten
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _INDEX_ENDING = ".safetensors.index.json"
@@ -70,7 +73,7 @@ class Checkpoint:
         for key in keys:
             if key not in self.places:
                 raise CheckpointError(
-                    f"{self.path.name} holds no tensor '{key}'.", NEEDED, ANOTHER_FILE
+                    f"{self.path.name} holds no tensor '{shorten(key)}'.", NEEDED, ANOTHER_FILE
                 )
             wanted.setdefault(self.places[key], []).append(key)
         for file, names in wanted.items():
@@ -79,11 +82,13 @@ class Checkpoint:
                 with tensors:
                     yield from ((name, tensors.get_tensor(name)) for name in names)
             except (OSError, SafetensorError) as error:
+                # Not chained: the library repeats names of the file as they are.
+                reason = shorten(str(error).replace(str(file), file.name), 200)
                 raise CheckpointError(
-                    f"{file.name} could not be read after it was opened ({error}).",
+                    f"{file.name} could not be read after it was opened ({reason}).",
                     "a file that stays in place while it is loaded.",
                     ANOTHER_FILE,
-                ) from error
+                ) from None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -95,16 +100,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: nothing is there, a part is missing, or a file is not safetensors,
-            cut short or malformed.
+            cut short or malformed, or has a path that is not text.
     """
     files, index = _files_of(path)
     checkpoint = Checkpoint(path, {}, {}, {}, {})
     for file in files:
+        check_path(file)
         header = read_header(file)
         for key in header.shapes:
             if key in checkpoint.places:
                 raise CheckpointError(
-                    f"'{key}' is both in {checkpoint.places[key].name} and in {file.name}.",
+                    f"'{shorten(key)}' is both in {checkpoint.places[key].name} and in "
+                    f"{file.name}.",
                     "shards that belong together, each tensor in one of them.",
                     ANOTHER_FILE,
                 )
@@ -116,7 +123,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if lost:
         raise CheckpointError(
             f"The index of {path.name} names {len(lost)} tensors that are not in the shards it "
-            f"names for them, first '{lost[0]}'.",
+            f"names for them, first '{shorten(lost[0])}'.",
             "the index and the shards of the same download.",
             ANOTHER_FILE,
         )
@@ -127,8 +134,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _files_of(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     """Find the files that belong to a path, and which of them its index names for each key."""
-    if not path.exists():
-        raise CheckpointError(f"{path.name} is not there any more.", NEEDED, ANOTHER_FILE)
+    check_path(path)
+    if not os.path.exists(path):  # Path.exists raises where a name is too long
+        raise CheckpointError(f"{shorten(path.name)} is not there any more.", NEEDED, ANOTHER_FILE)
     if path.is_dir():
         path = _choose_in_folder(path)
     shard = _SHARD.fullmatch(path.name)
@@ -159,19 +167,29 @@ def _choose_in_folder(folder: Path) -> Path:
     inside = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
     raise CheckpointError(
         f"The folder {folder.name} holds {len(models)} models"
-        + (f" ({', '.join(sorted(models)[:4])})" if models else "")
-        + (f"; there are models in its folders {', '.join(inside)}." if inside else "."),
+        + (f" ({', '.join(map(shorten, sorted(models)[:4]))})" if models else "")
+        + (
+            f"; there are models in its folders {', '.join(map(shorten, inside[:9]))}."
+            if inside
+            else "."
+        ),
         "a folder with one model in .safetensors files.",
         "choose the file itself, or the folder of one part, in the loader.",
     )
 
 
 def _numbered_shards(path: Path, shard: re.Match[str]) -> tuple[Path, ...]:
-    total = int(shard["total"])
+    total, number = int(shard["total"]), int(shard["number"])
+    if not 1 <= number <= total:
+        raise CheckpointError(
+            f"{path.name} calls itself number {number} of {total}.",
+            "shards numbered from 1 on.",
+            ANOTHER_FILE,
+        )
     stem = shard["stem"]
-    return _existing(
-        [path.with_name(f"{stem}-{n:05d}-of-{total:05d}.safetensors") for n in range(1, total + 1)]
-    )
+    names = [f"{stem}-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+    _check_present(path.parent, names)
+    return tuple(path.with_name(name) for name in names)
 
 
 def _read_index(index: Path) -> dict[str, Path]:
@@ -179,29 +197,46 @@ def _read_index(index: Path) -> dict[str, Path]:
     weights = parse_table(read_bytes(index, HEADER_LIMIT), index).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise malformed(index, "it has no weight_map")
-    places: dict[str, Path] = {}
+    names: dict[str, str] = {}
     for key, name in cast("dict[str, object]", weights).items():
         if not isinstance(name, str) or not _is_plain_name(name):
+            said = f"'{shorten(name)}'" if isinstance(name, str) else "something without a name"
             raise CheckpointError(
-                f"{index.name} names {name!r} as a shard.",
+                f"{index.name} names {said} as a shard.",
                 "names of .safetensors files in the same folder.",
                 ANOTHER_FILE,
             )
-        places[key] = index.with_name(name)
-    _existing(sorted(set(places.values())))
-    return places
+        names[key] = name
+    check_names(names, index)
+    shards = sorted(set(names.values()))
+    _check_present(index.parent, shards)
+    paths = {name: index.with_name(name) for name in shards}
+    return {key: paths[name] for key, name in names.items()}
 
 
 def _is_plain_name(name: str) -> bool:
-    return not any(mark in name for mark in "/\\:\0") and name.endswith(".safetensors")
+    return (
+        is_text(name)
+        and not any(mark in name for mark in "/\\:\0")
+        and name.endswith(".safetensors")
+    )
 
 
-def _existing(files: list[Path]) -> tuple[Path, ...]:
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
+def _check_present(folder: Path, names: list[str]) -> None:
+    """Refuse a set with missing shards; the folder is looked at once, however many it names."""
+    try:
+        there = set(os.listdir(folder))
+    except OSError as error:
         raise CheckpointError(
-            f"{len(missing)} of {len(files)} shards are not there: {', '.join(missing[:3])}.",
+            f"The folder {folder.name} cannot be looked into ({error.strerror}).",
+            "every shard of the set in a folder that can be read.",
+            "let ComfyUI read the folder, or choose another file in the loader.",
+        ) from None
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing):,} of {len(names):,} shards are not there: "
+            f"{', '.join(map(shorten, missing[:3]))}.",
             "every shard of the set in the same folder.",
             "download the missing shards beside the others.",
         )
-    return tuple(files)

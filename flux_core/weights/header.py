@@ -7,6 +7,7 @@ Source: huggingface/safetensors README, "Format".
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -14,10 +15,13 @@ from typing import cast
 import torch
 
 from ..errors import CheckpointError
+from .names import is_text, shorten
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
 NEEDED = "a complete .safetensors file, or a folder of its shards."
 ANOTHER_FILE = "download the file again, or choose another in the loader."
+_MOST_AXES = 64  # PyTorch's own limit
+_LARGEST = 2**63 - 1  # of a length: what the library counts with
 _LENGTH_BYTES = 8  # the header's length, little-endian, opens the file
 _DTYPES = {
     "F64": torch.float64,
@@ -72,15 +76,16 @@ def read_header(file: Path) -> Header:
     if len(text) < length:
         raise _cut_short(file, _LENGTH_BYTES + length)
     table = parse_table(text, file)
-    metadata = _table(table.pop("__metadata__", {}), file)
+    metadata = _metadata(_table(table.pop("__metadata__", {}), file), file)
     dtypes: dict[str, torch.dtype] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     spans: list[tuple[int, int]] = []
+    check_names(table, file)
     for key, value in table.items():
         dtypes[key], shapes[key], span = _entry(key, _table(value, file), file)
         spans.append(span)
     _check_spans(file, spans, _LENGTH_BYTES + length)
-    return Header(dtypes, shapes, {key: str(text) for key, text in metadata.items()})
+    return Header(dtypes, shapes, metadata)
 
 
 def read_bytes(file: Path, count: int, skip: int = 0) -> bytes:
@@ -106,8 +111,16 @@ def parse_table(text: bytes, file: Path) -> dict[str, object]:
 
     try:
         return _table(cast(object, json.loads(text, object_pairs_hook=unique)), file)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise malformed(file, "its header is not JSON") from error
+
+
+def check_names(table: Iterable[str], file: Path) -> None:
+    """Refuse names that no message and no other program could repeat."""
+    if not all(map(is_text, table)):
+        raise malformed(file, "a tensor's name is not text")
 
 
 def malformed(file: Path, what: str) -> CheckpointError:
@@ -150,6 +163,13 @@ def _check_spans(file: Path, spans: list[tuple[int, int]], start: int) -> None:
         raise malformed(file, "it is longer than its header says")
 
 
+def _metadata(table: dict[str, object], file: Path) -> dict[str, str]:
+    found = {key: text for key, text in table.items() if isinstance(text, str)}
+    if len(found) < len(table) or not all(map(is_text, (*found, *found.values()))):
+        raise malformed(file, "its metadata are not text")
+    return found
+
+
 def _table(value: object, file: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise malformed(file, "a table is missing in its header")
@@ -160,17 +180,18 @@ def _entry(
     key: str, value: dict[str, object], file: Path
 ) -> tuple[torch.dtype, tuple[int, ...], tuple[int, int]]:
     shape, span = _counts(value.get("shape")), _counts(value.get("data_offsets"))
-    if shape is None or span is None or len(span) != 2:
-        raise malformed(file, f"the entry of '{key}' is not a tensor")
-    dtype = _DTYPES.get(str(value.get("dtype")))
+    stored, name = value.get("dtype"), shorten(key)
+    if shape is None or span is None or len(span) != 2 or not isinstance(stored, str):
+        raise malformed(file, f"the entry of '{name}' is not a tensor")
+    dtype = _DTYPES.get(stored)
     if dtype is None:
         raise CheckpointError(
-            f"{file.name} stores '{key}' as {value.get('dtype')}, which this pack cannot read.",
+            f"{file.name} stores '{name}' as {shorten(stored)}, which this pack cannot read.",
             "weights as bfloat16, float16, float32 or plain float8.",
             "choose the bfloat16 file of this model.",
         )
     if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
-        raise malformed(file, f"the length of '{key}' does not fit its shape")
+        raise malformed(file, f"the length of '{name}' does not fit its shape")
     return dtype, shape, (span[0], span[1])
 
 
@@ -178,5 +199,7 @@ def _counts(value: object) -> tuple[int, ...] | None:
     if not isinstance(value, list):
         return None
     items = cast("list[object]", value)
-    counts = tuple(item for item in items if type(item) is int and item >= 0)
+    if len(items) > _MOST_AXES:
+        return None
+    counts = tuple(item for item in items if type(item) is int and 0 <= item <= _LARGEST)
     return counts if len(counts) == len(items) else None

@@ -131,7 +131,7 @@ def save_bfl(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None
         raise CheckpointError(
             f"{path.name} could not be written ({error}).",
             "a folder that can be written to, with room for the file.",
-            "Free some space, or choose another folder.",
+            "free some space, or choose another folder.",
         ) from error
 
 
