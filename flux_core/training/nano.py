@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--autoencoder-minutes", type=float, default=10.0)
     parser.add_argument("--flow-minutes", type=float, default=75.0)
-    parser.add_argument("--decoder-minutes", type=float, default=5.0)
+    parser.add_argument("--decoder-minutes", type=float, default=13.0)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints")
     options = parser.parse_args()
