@@ -176,9 +176,7 @@ def run_ours(both: Both, job: Job, passes: str = "batched") -> tuple[Tensor, Ten
     if job.reference:
         image = torch.from_numpy(np.array(picture(*job.reference)))[None].float() / 255
         latent = both.autoencoder.encode(to_pixels(image))
-        references = place_references(
-            [latent_tokens(latent, family.latent)], "single"
-        )
+        references = place_references([latent_tokens(latent, family.latent)], "single")
 
     def condition(prompt: str, prompt_2: str) -> Conditioning:
         text = both.encoders.encode(prompt, prompt_2)
