@@ -19,7 +19,6 @@ from .ranks import Rank, average_gradients, gather_updates, share_from_lead
 
 logger = logging.getLogger(__name__)
 CHANGED_WEIGHT = 3.0  # beside the 1 of every token
-CAPTION_EVERY = 6  # steps
 GROW_EVERY = 3  # steps
 _NONE = -100
 
@@ -36,6 +35,8 @@ class FlowSettings:
     average: float = 0.997
     first_clusters: int = 250
     capacity: int = 6000
+    captions: int = 1500
+    caption_every: int = 6  # steps
     teach_until: float = 0.85  # of the run
     keep_every_s: float = 180.0
     compiled: bool = False
@@ -81,7 +82,7 @@ class NanoTrainer:
         self.progress = progress
         if self.step % GROW_EVERY == 0:
             self.pool.grow()
-        captions = self.step % CAPTION_EVERY == CAPTION_EVERY - 1
+        captions = self.step % self.settings.caption_every == 0
         pairs = (
             self.rng.choices(self.pool.captions, k=self.settings.pairs)
             if captions
@@ -174,7 +175,7 @@ def train_flow(
     spent = load_checkpoint(trainer, out) if resume else 0.0
     for _ in range(settings.first_clusters):
         trainer.pool.grow()
-    trainer.pool.grow_captions(600)
+    trainer.pool.grow_captions(settings.captions)
     clock, kept, progress = Clock(settings.budget_s, spent), spent, 0.0
     sums: dict[str, list[float]] = {}
     while progress < 1.0:
