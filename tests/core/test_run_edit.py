@@ -33,7 +33,7 @@ def test_a_photograph_is_fitted_and_the_user_is_told(graph: dict[str, Any], tmp_
     Image.new("RGB", (400, 300)).save(picture)
     assert "400×300" in run_edit.fit_picture(graph, picture)
     fitted = run_edit.node(graph, "GlassboxFitImage")
-    assert (fitted["size"], fitted["width"], fitted["height"]) == ("exact", 128, 128)
+    assert (fitted["size"], fitted["width"], fitted["height"]) == ("exact", 96, 96)
 
 
 @pytest.mark.parametrize("content", [b"", b"words", b"\x89PNG\r\n\x1a\n"])
