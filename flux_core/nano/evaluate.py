@@ -126,14 +126,14 @@ def success(
     prompts = [edit.text for edit in edits]
     if shuffled:
         prompts = [*prompts[1:], *prompts[:1]]
-    right = 0
+    right, steps = 0, model.network.family.default_steps
     for start in range(0, len(edits), _BATCH):
         part = edits[start : start + _BATCH]
         before = [edit.before for edit in part if edit.before is not None]
         seen = torch.from_numpy(np.stack([picture(scene) for scene in before])) if before else None
-        made = run_edits(model, seen, prompts[start : start + _BATCH], seed=start, steps=8).numpy()
+        made = run_edits(model, seen, prompts[start : start + _BATCH], seed=start, steps=steps)
         for row, edit in enumerate(part):
-            right += judge(made[row], edit.after, edit.before).is_success
+            right += judge(made[row].numpy(), edit.after, edit.before).is_success
     return right / len(edits)
 
 
@@ -160,7 +160,7 @@ def table(folder: Path, count: int, seed: int, processes: int) -> list[str]:
         processes: of one thread each.
     """
     lines = [
-        f"| strict success, {count} held-out scenes each, 8 steps "
+        f"| strict success, {count} held-out scenes each, {NANO_KONTEXT.default_steps} steps "
         "| 1 shape | 2 shapes | 1, Pillow | 2, Pillow | shuffled, 1 | shuffled, 2 |",
         "|---|---|---|---|---|---|---|",
     ]

@@ -41,23 +41,7 @@ def euler(velocity: Velocity, x: TokenValues, sigmas: Sigmas) -> Iterator[Step]:
 
     Source: black-forest-labs/flux@802fb47 src/flux/sampling.py denoise.
     """
-    x = x.float()
-    levels = [float(sigma) for sigma in sigmas]
-    steps = len(levels) - 1
-    for index in range(steps):
-        sigma, sigma_next = levels[index], levels[index + 1]
-        slope = velocity(x, index).float()
-        x = x.to(slope.device)  # the first step takes it to the network
-        denoised = x - sigma * slope
-        x = x + (sigma_next - sigma) * slope
-        yield Step(
-            index=index,
-            steps=steps,
-            x=x,
-            sigma=sigma,
-            sigma_next=sigma_next,
-            denoised=denoised,
-        )
+    yield from _follow(velocity, x, sigmas, average=False)
 
 
 def heun(velocity: Velocity, x: TokenValues, sigmas: Sigmas) -> Iterator[Step]:
@@ -76,6 +60,11 @@ def heun(velocity: Velocity, x: TokenValues, sigmas: Sigmas) -> Iterator[Step]:
 
     Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 1, with sigma as the time.
     """
+    yield from _follow(velocity, x, sigmas, average=True)
+
+
+def _follow(velocity: Velocity, x: TokenValues, sigmas: Sigmas, *, average: bool) -> Iterator[Step]:
+    """Walk the sigmas; `average` takes the mean of the velocities at both ends of a step."""
     x = x.float()
     levels = [float(sigma) for sigma in sigmas]
     steps = len(levels) - 1
@@ -85,7 +74,7 @@ def heun(velocity: Velocity, x: TokenValues, sigmas: Sigmas) -> Iterator[Step]:
         x = x.to(slope.device)  # the first step takes it to the network
         denoised = x - sigma * slope
         there = x + (sigma_next - sigma) * slope
-        if index + 1 < steps:
+        if average and index + 1 < steps:
             far_slope = velocity(there, index + 1).float()
             there = x + (sigma_next - sigma) * (slope + far_slope) / 2
         x = there

@@ -169,12 +169,3 @@ def _weights(layer: torch.nn.Module) -> tuple[Tensor, Tensor]:
     assert isinstance(weight, Tensor)
     assert isinstance(bias, Tensor)
     return weight, bias
-
-
-@torch.no_grad()
-def reconstruction_db(model: Autoencoder, pixels: Tensor) -> float:
-    """Peak signal-to-noise ratio of pictures (B, 3, H, W) in -1..1 through the latent's mode."""
-    parts = cast("Sequence[Tensor]", pixels.split(16))
-    again = torch.cat([model.decode(model.encode(part)).clamp(-1.0, 1.0) for part in parts])
-    errors = (again - pixels).square().mean(dim=(1, 2, 3)) / 4.0
-    return float((-10.0 * torch.log10(errors + 1e-12)).mean())
