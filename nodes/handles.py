@@ -25,7 +25,7 @@ from . import host
 if TYPE_CHECKING:
     from ..flux_core.image.autoencoder import Autoencoder
     from ..flux_core.text.encoders import TextEncoders
-    from ..flux_core.transformer.flux1 import Flux1
+    from ..flux_core.transformer.flux import Flux
 
 
 _OVERFLOW = "float16 overflows: set dtype to bfloat16 or float32 in 'Load Autoencoder (FLUX)'."
@@ -51,7 +51,7 @@ class _Residency:
 class ModelHandle:
     """A transformer: blocks and modulation are two models to ComfyUI."""
 
-    def __init__(self, network: "Flux1", report: str, dtype: torch.dtype) -> None:
+    def __init__(self, network: "Flux", report: str, dtype: torch.dtype) -> None:
         devices = host.model_devices()
         self.network, self.family, self.report = network, network.family, report
         self.patcher = host.wrap(network.blocks, devices)

@@ -30,11 +30,11 @@ def shared(key: Hashable, load: Callable[[], _Handle]) -> _Handle:
 
 def load_model(path: Path, family: str, dtype: str) -> ModelHandle:
     """Load a transformer; `family` "auto" is decided by its weights and its file name."""
-    from ..flux_core.weights.load import load_flux1
+    from ..flux_core.weights.load import load_flux
 
     def load() -> ModelHandle:
         chosen = host.model_dtype(dtype, parameters_of([path]))
-        network, report = load_flux1(
+        network, report = load_flux(
             path,
             family=FAMILIES.get(family),
             dtype=chosen,

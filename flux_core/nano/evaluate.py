@@ -27,9 +27,9 @@ from ..sampling.sigmas import flux_sigmas
 from ..text.encoders import TextEncoders
 from ..tokens.pack import latent_tokens, tokens_latent
 from ..tokens.references import place_references
-from ..transformer.flux1 import Flux1
+from ..transformer.flux import Flux
 from ..values import Conditioning, TextFeatures
-from ..weights.load import load_autoencoder, load_flux1
+from ..weights.load import load_autoencoder, load_flux
 from ..weights.text_encoders import load_text_encoders
 from . import paths
 from .drawing import Floats, draw, draw_pillow
@@ -45,7 +45,7 @@ _BATCH = 20
 class NanoModel:
     """The embedded model, loaded."""
 
-    network: Flux1
+    network: Flux
     encoders: TextEncoders
     autoencoder: Autoencoder
 
@@ -56,7 +56,7 @@ def load_nano(folder: Path = paths.FOLDER) -> NanoModel:
     def inside(path: Path) -> Path:
         return folder / path.relative_to(paths.FOLDER)
 
-    network, _ = load_flux1(inside(paths.TRANSFORMER), dtype=torch.float32)
+    network, _ = load_flux(inside(paths.TRANSFORMER), dtype=torch.float32)
     autoencoder, _ = load_autoencoder(inside(paths.AUTOENCODER), dtype=torch.float32)
     encoders = load_text_encoders(
         [inside(paths.CLIP), inside(paths.T5)],

@@ -31,7 +31,7 @@ class StepPlan(Protocol):
 
 
 class Network(Protocol):
-    """What sampling needs of a transformer; `Flux1` is one."""
+    """What sampling needs of a transformer; `Flux` is one."""
 
     family: FluxFamily
     spec: TransformerSpec

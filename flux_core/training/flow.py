@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..families import LatentSpec
 from ..tokens.ids import image_ids, text_ids
-from ..transformer.flux1 import Flux1
+from ..transformer.flux import Flux
 from ..transformer.plan import Plan
 from ..transformer.rope import rope_table
 from ..types import TokenValues
@@ -68,7 +68,7 @@ def flow_loss(
 
 
 def predictor(
-    network: Flux1,
+    network: Flux,
     batch: FlowBatch,
     *,
     grid: tuple[int, int],

@@ -14,7 +14,7 @@ from ..nano.world import COLOURS, KINDS
 from ..operations import torch_operations
 from ..text.modules import ClipSpec, T5Spec, build_clip, build_t5
 from ..text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from ..transformer.flux1 import Flux1, build_flux1
+from ..transformer.flux import Flux, build_flux
 
 ACTIONS = ("recolour", "background", "remove", "add", "caption")
 WEIGHTS = {
@@ -111,12 +111,12 @@ class NanoText(nn.Module):
         return self._known[prompt]
 
 
-def fresh_transformer(spec: TransformerSpec | None = None) -> Flux1:
+def fresh_transformer(spec: TransformerSpec | None = None) -> Flux:
     """Build the nano transformer, or one of another shape, with weights to train.
 
     Modulation and the last layer start at zero, so every block starts as the identity.
     """
-    network = build_flux1(NANO_KONTEXT, spec)
+    network = build_flux(NANO_KONTEXT, spec)
     for name, weight in network.named_parameters():
         if name.endswith("scale"):
             nn.init.ones_(weight)
@@ -150,7 +150,7 @@ class TeachingHeads(nn.Module):
 
     MIDDLE = 2
 
-    def __init__(self, network: Flux1, side: int) -> None:
+    def __init__(self, network: Flux, side: int) -> None:
         super().__init__()
         self.side, hidden = side, network.spec.hidden
         self.kind = nn.Linear(hidden, len(KINDS) + 1)

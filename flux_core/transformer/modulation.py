@@ -108,7 +108,7 @@ class _FinalModulation(nn.Module):
         return Shift(shift, 1 + scale)
 
 
-class Flux1Modulation(nn.Module):
+class FluxModulation(nn.Module):
     """Timestep, guidance and pooled text to the modulation of every block."""
 
     def __init__(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..types import TokenValues
 from .blocks import modulate
-from .flux1_blocks import Flux1Blocks
+from .flux_blocks import FluxBlocks
 from .modulation import StepModulation
 from .rope import Rope
 
@@ -21,7 +21,7 @@ class Plan:
     of every token in the order text | target | references, and each step's modulation.
     """
 
-    blocks: Flux1Blocks
+    blocks: FluxBlocks
     txt: Tensor
     references: Tensor | None
     rope: Rope

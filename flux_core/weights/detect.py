@@ -56,7 +56,7 @@ _OWN_SHAPE = Known(False, "known by its shape")
 _SHARED_SHAPE = Known(True, "guessed from its shape, which SD3's autoencoder has too")
 
 
-def spec_of_flux1(shapes: Shapes) -> TransformerSpec:
+def spec_of_flux(shapes: Shapes) -> TransformerSpec:
     """Read the sizes of a FLUX.1 transformer.
 
     Args:

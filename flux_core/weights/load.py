@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..families import FluxFamily
 from ..image.autoencoder import Autoencoder
 from ..operations import Operations
-from ..transformer.flux1 import Flux1, build_flux1
+from ..transformer.flux import Flux, build_flux
 from .autoencoder_keys import autoencoder_layout
 from .check import check_tensors, complete_tensors, expect_layout, shapes_of
 from .detect import (
@@ -28,7 +28,7 @@ from .detect import (
     choose_family,
     differences,
     spec_of_autoencoder,
-    spec_of_flux1,
+    spec_of_flux,
 )
 from .files import Checkpoint, open_checkpoint
 from .kinds import AUTOENCODERS, QUANTISED, TRANSFORMERS
@@ -39,14 +39,14 @@ from .transformer_keys import transformer_layout
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def load_flux1(
+def load_flux(
     path: Path,
     *,
     family: FluxFamily | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     operations: Operations | None = None,
-) -> tuple[Flux1, LoadReport]:
+) -> tuple[Flux, LoadReport]:
     """Load a FLUX.1 transformer.
 
     Args:
@@ -67,13 +67,13 @@ def load_flux1(
     layout = transformer_layout(checkpoint.shapes)
     layout = expect_layout(checkpoint, layout, "a FLUX.1 transformer", (*QUANTISED, *TRANSFORMERS))
     shapes = complete_tensors(checkpoint, layout, FLUX1_SIZING, "FLUX.1")
-    spec = spec_of_flux1(shapes)
+    spec = spec_of_flux(shapes)
     chosen, known = choose_family(spec, path, checkpoint.metadata, family)
-    twin = build_flux1(chosen, spec, device="meta")
+    twin = build_flux(chosen, spec, device="meta")
     modulation, blocks = shapes_of(twin.modulation), shapes_of(twin.blocks)
     check_tensors(checkpoint, layout, shapes, modulation | blocks, chosen.title)
     target = _target_dtype(checkpoint, layout, dtype)
-    network = build_flux1(chosen, spec, dtype=target, device="meta", operations=operations)
+    network = build_flux(chosen, spec, dtype=target, device="meta", operations=operations)
     state = _read(checkpoint, layout, target, device)
     _assign(network.modulation, {key: state[key] for key in modulation})
     _assign(network.blocks, {key: state[key] for key in blocks})
@@ -88,7 +88,7 @@ def load_autoencoder(
     device: torch.device | str | None = None,
     operations: Operations | None = None,
 ) -> tuple[Autoencoder, LoadReport]:
-    """Load the FLUX.1 autoencoder; arguments, result and errors as in `load_flux1`."""
+    """Load the FLUX.1 autoencoder; arguments, result and errors as in `load_flux`."""
     checkpoint = open_checkpoint(path)
     layout = autoencoder_layout(checkpoint.shapes)
     layout = expect_layout(checkpoint, layout, "a FLUX.1 autoencoder", (*QUANTISED, *AUTOENCODERS))
@@ -109,14 +109,14 @@ def save_bfl(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None
     """Write a module under its published names; the file appears whole or not at all.
 
     Args:
-        module: a `Flux1`, whose two parts are merged, or any module with published names.
+        module: a `Flux`, whose two parts are merged, or any module with published names.
         path: the .safetensors file; one of that name is replaced.
         metadata: goes into the header; `glassbox_family` names the family.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
-    parts = (module.modulation, module.blocks) if isinstance(module, Flux1) else (module,)
+    parts = (module.modulation, module.blocks) if isinstance(module, Flux) else (module,)
     state = {
         key: tensor.detach().cpu().contiguous()
         for part in parts

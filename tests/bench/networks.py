@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from glassbox.flux_core.families import FLUX1_KONTEXT, TransformerSpec
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.tokens.pack import latent_tokens, pack_latent
-from glassbox.flux_core.transformer.flux1 import Flux1, build_flux1
+from glassbox.flux_core.transformer.flux import Flux, build_flux
 from glassbox.flux_core.transformer.plan import Plan
 from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens
 from glassbox.flux_core.weights.transformer_keys import to_diffusers
@@ -26,7 +26,7 @@ SIGMA, GUIDANCE, TEXT_TOKENS = 0.7, 2.5, 512
 
 @dataclass
 class Networks:
-    ours: Flux1
+    ours: Flux
     diffusers: nn.Module
     comfyui: nn.Module
 
@@ -36,7 +36,7 @@ def build(spec: TransformerSpec, dtype: torch.dtype) -> Networks:
     if native_attention.optimized_attention is not native_attention.attention_pytorch:
         raise RuntimeError("ComfyUI must use PyTorch attention for a fair comparison")
     torch.manual_seed(0)
-    ours = build_flux1(FLUX1_KONTEXT, spec).eval().requires_grad_(False)
+    ours = build_flux(FLUX1_KONTEXT, spec).eval().requires_grad_(False)
     state = {**ours.modulation.state_dict(), **ours.blocks.state_dict()}
     theirs = FluxTransformer2DModel(
         in_channels=spec.in_channels,

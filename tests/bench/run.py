@@ -27,7 +27,7 @@ comfyui_arguments.cpu = not torch.cuda.is_available()
 comfyui_arguments.use_pytorch_cross_attention = True  # else ComfyUI is slower on a CPU
 
 from glassbox.flux_core.families import FLUX1_KONTEXT  # noqa: E402
-from glassbox.flux_core.transformer.flux1 import build_flux1  # noqa: E402
+from glassbox.flux_core.transformer.flux import build_flux  # noqa: E402
 from glassbox.tests.bench import networks  # noqa: E402
 from glassbox.tests.graph.run_edit import WORKFLOW, node  # noqa: E402
 from glassbox.tests.graph.server import Comfy  # noqa: E402
@@ -75,7 +75,7 @@ def _weights() -> None:
     # At width 1024 with FLUX.1's own 19 + 38 blocks, and at full size; both on the meta device.
     for hidden in (1024, 3072):
         spec = replace(FLUX1_KONTEXT.transformer, hidden=hidden)
-        network = build_flux1(FLUX1_KONTEXT, spec, device="meta", dtype=torch.bfloat16)
+        network = build_flux(FLUX1_KONTEXT, spec, device="meta", dtype=torch.bfloat16)
         kept, whole = (
             sum(one.nbytes for one in module.parameters()) for module in (network.blocks, network)
         )

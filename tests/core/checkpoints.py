@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from glassbox.flux_core.families import FLUX1_AUTOENCODER, FLUX1_DEV, FLUX1_SCHNELL
 from glassbox.flux_core.image.autoencoder import Autoencoder
-from glassbox.flux_core.transformer.flux1 import build_flux1
+from glassbox.flux_core.transformer.flux import build_flux
 
 TINY_FLUX1 = replace(
     FLUX1_DEV.transformer,
@@ -38,7 +38,7 @@ def randomise(*modules: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 def flux1_state(*, guidance: bool = True, seed: int = 0) -> dict[str, Tensor]:
     family = FLUX1_DEV if guidance else FLUX1_SCHNELL
-    network = build_flux1(family, TINY_FLUX1 if guidance else TINY_SCHNELL)
+    network = build_flux(family, TINY_FLUX1 if guidance else TINY_SCHNELL)
     return randomise(network.modulation, network.blocks, seed=seed)
 
 

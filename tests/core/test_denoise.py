@@ -29,7 +29,7 @@ from glassbox.flux_core.sampling.noise import make_noise
 from glassbox.flux_core.sampling.sigmas import linear_sigmas, parse_sigmas
 from glassbox.flux_core.sampling.solver import Step
 from glassbox.flux_core.tokens.ids import place
-from glassbox.flux_core.transformer.flux1 import build_flux1
+from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens
 
 TINY = TransformerSpec(
@@ -50,7 +50,7 @@ NOISE = make_noise(FLUX1_KONTEXT.latent, 32, 48, 0)
 
 def tiny(family: FluxFamily = FLUX1_KONTEXT, spec: TransformerSpec = TINY):
     torch.manual_seed(0)
-    network = build_flux1(family, spec, dtype=torch.float32)
+    network = build_flux(family, spec, dtype=torch.float32)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return network

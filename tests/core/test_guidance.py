@@ -13,7 +13,7 @@ from glassbox.flux_core.sampling.guidance import TrueCFG, guider, join
 from glassbox.flux_core.sampling.noise import make_noise
 from glassbox.flux_core.sampling.sigmas import linear_sigmas
 from glassbox.flux_core.tokens.ids import place
-from glassbox.flux_core.transformer.flux1 import build_flux1
+from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens
 
 TINY = TransformerSpec(
@@ -69,7 +69,7 @@ class _Pass:
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)
-    network = build_flux1(FLUX1_KONTEXT, TINY, dtype=torch.float32)
+    network = build_flux(FLUX1_KONTEXT, TINY, dtype=torch.float32)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return network

@@ -13,9 +13,9 @@ from glassbox.flux_core.families import (
     FluxFamily,
 )
 from glassbox.flux_core.image.autoencoder import Autoencoder
-from glassbox.flux_core.transformer.flux1 import build_flux1
+from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.weights.check import shapes_of
-from glassbox.flux_core.weights.detect import spec_of_autoencoder, spec_of_flux1
+from glassbox.flux_core.weights.detect import spec_of_autoencoder, spec_of_flux
 
 D = 3072
 # Weights of one layer, rows x columns; every layer has a bias of as many rows as well.
@@ -79,7 +79,7 @@ def published_shapes(family: FluxFamily) -> dict[str, tuple[int, ...]]:
 def test_a_transformer_has_the_published_tensors_and_no_others(
     family: FluxFamily, tensors: int, parameters: int
 ) -> None:
-    network = build_flux1(family, device="meta")
+    network = build_flux(family, device="meta")
     modulation, blocks = shapes_of(network.modulation), shapes_of(network.blocks)
     assert not modulation.keys() & blocks.keys()
     shapes = modulation | blocks
@@ -90,7 +90,7 @@ def test_a_transformer_has_the_published_tensors_and_no_others(
 
 @pytest.mark.parametrize("family", [FLUX1_DEV, FLUX1_SCHNELL], ids=lambda one: one.name)
 def test_sampling_needs_at_most_74_percent_of_the_checkpoint(family: FluxFamily) -> None:
-    network = build_flux1(family, device="meta")
+    network = build_flux(family, device="meta")
     blocks = sum(map(math.prod, shapes_of(network.blocks).values()))
     modulation = sum(map(math.prod, shapes_of(network.modulation).values()))
     assert blocks / (blocks + modulation) <= 0.74
@@ -98,7 +98,7 @@ def test_sampling_needs_at_most_74_percent_of_the_checkpoint(family: FluxFamily)
 
 @pytest.mark.parametrize("family", [FLUX1_DEV, FLUX1_SCHNELL], ids=lambda one: one.name)
 def test_the_sizes_of_a_transformer_are_read_back_from_its_shapes(family: FluxFamily) -> None:
-    assert spec_of_flux1(published_shapes(family)) == family.transformer
+    assert spec_of_flux(published_shapes(family)) == family.transformer
 
 
 def test_the_autoencoder_has_the_published_tensors() -> None:

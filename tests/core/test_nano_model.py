@@ -13,7 +13,7 @@ from glassbox.flux_core.nano.evaluate import (
     success,
 )
 from glassbox.flux_core.nano.world import EDITS
-from glassbox.flux_core.transformer.flux1 import build_flux1
+from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.weights.files import open_checkpoint
 
 FILES = (paths.TRANSFORMER, paths.AUTOENCODER, paths.CLIP, paths.T5)
@@ -38,7 +38,7 @@ def test_files_name_their_family(path: object) -> None:
 
 
 def test_the_transformer_holds_flux_and_nothing_of_its_training() -> None:
-    twin = build_flux1(NANO_KONTEXT, device="meta")
+    twin = build_flux(NANO_KONTEXT, device="meta")
     needed = {*twin.modulation.state_dict(), *twin.blocks.state_dict()}
     assert set(open_checkpoint(paths.TRANSFORMER).shapes) == needed
 

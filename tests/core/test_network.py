@@ -9,7 +9,7 @@ from glassbox.flux_core.errors import FamilyMismatchError, ShapeError
 from glassbox.flux_core.families import FLUX1_KONTEXT, FLUX1_LATENT, TransformerSpec
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.tokens.pack import latent_tokens
-from glassbox.flux_core.transformer.flux1 import build_flux1
+from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.transformer.modulation import timestep_embedding
 from glassbox.flux_core.transformer.rope import rope_table, rotate
 from glassbox.flux_core.values import Conditioning, TextFeatures
@@ -32,7 +32,7 @@ SPEC = TransformerSpec(
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    net = build_flux1(FLUX1_KONTEXT, SPEC).eval()
+    net = build_flux(FLUX1_KONTEXT, SPEC).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

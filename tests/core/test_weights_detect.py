@@ -22,7 +22,7 @@ from glassbox.flux_core.weights.detect import (
     choose_family,
     differences,
     spec_of_autoencoder,
-    spec_of_flux1,
+    spec_of_flux,
 )
 from glassbox.flux_core.weights.kinds import (
     AUTOENCODERS,
@@ -41,7 +41,7 @@ def tiny_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def test_sizes_are_read_from_shapes() -> None:
-    assert spec_of_flux1(tiny_shapes()) == TINY_FLUX1
+    assert spec_of_flux(tiny_shapes()) == TINY_FLUX1
     assert differences(TINY_FLUX1, FLUX1_DEV) == (
         "a custom size: width 128, 2 + 3 blocks, text 48 wide"
     )
@@ -66,7 +66,7 @@ def test_what_cannot_be_flux1_is_refused(
     if shape is None:
         del shapes[key]
     with pytest.raises(CheckpointError, match=said):
-        spec_of_flux1(shapes)
+        spec_of_flux(shapes)
 
 
 @pytest.mark.parametrize(

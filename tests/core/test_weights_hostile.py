@@ -14,7 +14,7 @@ from torch import Tensor
 from glassbox.flux_core.errors import CheckpointError
 from glassbox.flux_core.weights.autoencoder_keys import to_diffusers as autoencoder_to_diffusers
 from glassbox.flux_core.weights.files import open_checkpoint
-from glassbox.flux_core.weights.load import load_autoencoder, load_flux1
+from glassbox.flux_core.weights.load import load_autoencoder, load_flux
 from glassbox.flux_core.weights.names import shorten
 from glassbox.flux_core.weights.text_encoders import load_text_encoders
 from glassbox.flux_core.weights.text_keys import clip_spec, find_parts, leftover_keys, t5_spec
@@ -164,7 +164,7 @@ LONG = "long." * 40_000
 )
 def test_a_long_name_is_shortened_in_every_message(tmp_path: Path, names: list[str]) -> None:
     file = write(tmp_path / "a.safetensors", {name: torch.zeros(2, 2) for name in names})
-    for load in (load_flux1, load_autoencoder):
+    for load in (load_flux, load_autoencoder):
         with refused("is of a kind that is not known|missing|is an? "):
             load(file)
     with refused("no text encoder|beside its text encoder|is an? "):
@@ -181,7 +181,7 @@ def test_a_long_name_is_shortened_in_every_message(tmp_path: Path, names: list[s
 def test_a_long_name_beside_a_whole_model_is_shortened(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", flux1_state() | {LONG: torch.zeros(1)})
     with refused(r"1 is not known \(long\..*…\)"):
-        load_flux1(file)
+        load_flux(file)
 
 
 @pytest.mark.parametrize("unit", ["long.", ".", "decoder.", "decoder.\n", "a"])
@@ -202,10 +202,10 @@ def test_a_transformer_of_too_many_blocks_is_refused_before_it_is_built(
 ) -> None:
     file = write(tmp_path / "a.safetensors", many(stem)(flux1_state()))
     with refused(f"3,002 {stem[:-1]}.*at most 200"):
-        load_flux1(file)
+        load_flux(file)
     state = many("transformer_blocks.")(transformer_to_diffusers(flux1_state()))
     with refused("3,002 transformer_blocks.*at most 200"):
-        load_flux1(write(tmp_path / "b.safetensors", state))
+        load_flux(write(tmp_path / "b.safetensors", state))
 
 
 @pytest.mark.parametrize(

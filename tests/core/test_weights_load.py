@@ -19,10 +19,10 @@ from glassbox.flux_core.families import (
     NANO_KONTEXT,
 )
 from glassbox.flux_core.image.autoencoder import Autoencoder
-from glassbox.flux_core.transformer.flux1 import Flux1, build_flux1
+from glassbox.flux_core.transformer.flux import Flux, build_flux
 from glassbox.flux_core.weights import autoencoder_keys, transformer_keys
 from glassbox.flux_core.weights.files import Checkpoint, open_checkpoint
-from glassbox.flux_core.weights.load import load_autoencoder, load_flux1, save_bfl
+from glassbox.flux_core.weights.load import load_autoencoder, load_flux, save_bfl
 from glassbox.tests.core.checkpoints import (
     autoencoder_state,
     flux1_state,
@@ -33,7 +33,7 @@ from glassbox.tests.core.checkpoints import (
 )
 
 
-def state_of(network: Flux1) -> dict[str, Tensor]:
+def state_of(network: Flux) -> dict[str, Tensor]:
     return network.modulation.state_dict() | network.blocks.state_dict()
 
 
@@ -63,7 +63,7 @@ def test_both_layouts_load_as_one_file_or_in_shards(tmp_path: Path) -> None:
         ),
         (shards_of(tmp_path / "transformer", theirs), "diffusers", "", 3),
     ):
-        network, report = load_flux1(path)
+        network, report = load_flux(path)
         assert same(state_of(network), state)
         assert (report.layout, report.prefix, report.files) == (layout, prefix, files)
         assert report.tensors == len(state)
@@ -82,7 +82,7 @@ def test_an_autoencoder_loads_from_both_layouts(tmp_path: Path) -> None:
 
 def test_a_report_reads_well(tmp_path: Path) -> None:
     state = prefixed(flux1_state(), "model.diffusion_model.") | {"vae.a": torch.zeros(1)}
-    _, report = load_flux1(write(tmp_path / "my-kontext.safetensors", state))
+    _, report = load_flux(write(tmp_path / "my-kontext.safetensors", state))
     assert str(report).splitlines() == [
         "FLUX.1 Kontext [dev] (guessed from the file name)",
         "my-kontext.safetensors, BFL layout, keys begin with 'model.diffusion_model.'",
@@ -94,13 +94,13 @@ def test_a_report_reads_well(tmp_path: Path) -> None:
 
 def test_published_names_load_without_a_copy(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", flux1_state())
-    network, _ = load_flux1(path)
+    network, _ = load_flux(path)
     addresses = [parameter.data_ptr() for parameter in network.parameters()]
     assert max(addresses) - min(addresses) < path.stat().st_size  # one mapping of the file
 
 
 def test_a_loaded_model_is_for_use_and_not_for_training(tmp_path: Path) -> None:
-    network, _ = load_flux1(write(tmp_path / "a.safetensors", flux1_state()))
+    network, _ = load_flux(write(tmp_path / "a.safetensors", flux1_state()))
     assert not any(parameter.requires_grad for parameter in network.parameters())
     assert not network.modulation.training
     assert not network.blocks.training
@@ -113,8 +113,8 @@ def test_weights_keep_their_type_or_take_the_one_asked_for(
 ) -> None:
     state = flux1_state()
     path = write(tmp_path / "a.safetensors", {key: one.to(dtype) for key, one in state.items()})
-    assert load_flux1(path)[1].dtype == dtype
-    network, report = load_flux1(path, dtype=torch.float32)
+    assert load_flux(path)[1].dtype == dtype
+    network, report = load_flux(path, dtype=torch.float32)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     converted = [note for note in report.notes if "converted" in note]
     assert len(converted) == (dtype != torch.float32)
@@ -125,7 +125,7 @@ def test_plain_float8_is_widened_exactly(tmp_path: Path, dtype: torch.dtype) -> 
     every = torch.arange(256, dtype=torch.uint8).view(dtype)
     assert every.float().nan_to_num().equal(every.to(torch.bfloat16).float().nan_to_num())
     state = {key: one.to(dtype) for key, one in flux1_state().items()}
-    network, report = load_flux1(write(tmp_path / "a.safetensors", state))
+    network, report = load_flux(write(tmp_path / "a.safetensors", state))
     assert report.dtype == torch.bfloat16
     assert same(state_of(network), {key: one.to(torch.bfloat16) for key, one in state.items()})
 
@@ -133,7 +133,7 @@ def test_plain_float8_is_widened_exactly(tmp_path: Path, dtype: torch.dtype) -> 
 def test_a_few_tensors_of_another_type_take_the_type_of_the_rest(tmp_path: Path) -> None:
     state = {key: one.bfloat16() for key, one in flux1_state().items()}
     state["img_in.bias"] = state["img_in.bias"].float()
-    _, report = load_flux1(write(tmp_path / "a.safetensors", state))
+    _, report = load_flux(write(tmp_path / "a.safetensors", state))
     assert report.dtype == torch.bfloat16
     assert "converted from float32 to bfloat16: 1 of 92 tensors" in report.notes
 
@@ -144,34 +144,34 @@ def test_the_hosts_layers_are_used(tmp_path: Path) -> None:
 
     operations = SimpleNamespace(**{**vars(nn), "Linear": Linear})
     path = write(tmp_path / "a.safetensors", flux1_state())
-    network, _ = load_flux1(path, operations=operations)
+    network, _ = load_flux(path, operations=operations)
     assert isinstance(network.blocks.img_in, Linear)
     assert same(state_of(network), flux1_state())
 
 
 def test_the_family_is_the_users_choice(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", flux1_state())
-    network, report = load_flux1(path, family=FLUX1_KONTEXT)
+    network, report = load_flux(path, family=FLUX1_KONTEXT)
     assert network.family == FLUX1_KONTEXT
     assert (report.guessed, report.known_by) == (False, "chosen by hand")
     with pytest.raises(FamilyMismatchError, match="schnell"):
-        load_flux1(path, family=FLUX1_SCHNELL)
+        load_flux(path, family=FLUX1_SCHNELL)
     unguided = write(tmp_path / "b.safetensors", flux1_state(guidance=False))
-    assert load_flux1(unguided)[0].family == FLUX1_SCHNELL
+    assert load_flux(unguided)[0].family == FLUX1_SCHNELL
     with pytest.raises(FamilyMismatchError, match="guidance"):
-        load_flux1(unguided, family=FLUX1_DEV)
+        load_flux(unguided, family=FLUX1_DEV)
 
 
 def test_what_we_save_loads_again_and_knows_its_family(tmp_path: Path) -> None:
-    network = build_flux1(NANO_KONTEXT)
+    network = build_flux(NANO_KONTEXT)
     state = randomise(network.modulation, network.blocks)
     path = tmp_path / "a.safetensors"
     save_bfl(network, path, {"glassbox_family": NANO_KONTEXT.name})
-    loaded, report = load_flux1(path)
+    loaded, report = load_flux(path)
     assert (loaded.family, report.known_by) == (NANO_KONTEXT, "named in the file")
     assert same(state_of(loaded), state)
     save_bfl(loaded, path, {})  # over the file its own weights are mapped from
-    again, report = load_flux1(path)
+    again, report = load_flux(path)
     assert (again.family, report.known_by) == (NANO_KONTEXT, "known by its shape")
     assert same(state_of(again), state)
     assert same(state_of(loaded), state)
@@ -246,14 +246,14 @@ def test_a_transformer_file_that_does_not_fit_is_refused(
     state = flux1_state()
     change(state)
     with pytest.raises(CheckpointError, match=said):
-        load_flux1(write(tmp_path / "a.safetensors", state))
+        load_flux(write(tmp_path / "a.safetensors", state))
 
 
 def test_a_missing_tensor_of_a_diffusers_file_has_its_diffusers_name(tmp_path: Path) -> None:
     state = transformer_keys.to_diffusers(flux1_state())
     del state["transformer_blocks.0.attn.to_k.bias"]
     with pytest.raises(CheckpointError, match=r"1 is missing \(transformer_blocks\.0\.attn\.to_k"):
-        load_flux1(write(tmp_path / "a.safetensors", state))
+        load_flux(write(tmp_path / "a.safetensors", state))
 
 
 def test_files_of_other_parts_are_refused_with_the_right_loader(tmp_path: Path) -> None:
@@ -261,13 +261,13 @@ def test_files_of_other_parts_are_refused_with_the_right_loader(tmp_path: Path) 
     transformer = write(tmp_path / "model.safetensors", flux1_state())
     t5 = {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2, 2)}
     with pytest.raises(CheckpointError, match=r"an autoencoder.*Load Autoencoder \(FLUX\)"):
-        load_flux1(autoencoder)
+        load_flux(autoencoder)
     with pytest.raises(CheckpointError, match=r"a transformer.*Load Model \(FLUX\)"):
         load_autoencoder(transformer)
     with pytest.raises(CheckpointError, match=r"T5.*Load Text Encoders \(FLUX\)"):
-        load_flux1(write(tmp_path / "t5.safetensors", t5))
+        load_flux(write(tmp_path / "t5.safetensors", t5))
     with pytest.raises(CheckpointError, match="not known here; it holds 1 tensors, first a"):
-        load_flux1(write(tmp_path / "other.safetensors", {"a": torch.zeros(1)}))
+        load_flux(write(tmp_path / "other.safetensors", {"a": torch.zeros(1)}))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_an_autoencoder_file_that_does_not_fit_is_refused(
 def test_a_full_size_file_is_refused_within_a_second_and_without_reading_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = build_flux1(FLUX1_DEV, dtype=torch.bfloat16, device="meta")
+    network = build_flux(FLUX1_DEV, dtype=torch.bfloat16, device="meta")
     shapes = {key: tuple(one.shape) for key, one in state_of(network).items()}
     del shapes["double_blocks.7.img_mlp.2.weight"]
     header: dict[str, object] = {}
@@ -324,5 +324,5 @@ def test_a_full_size_file_is_refused_within_a_second_and_without_reading_it(
     assert len(open_checkpoint(path).shapes) == 779
     start = time.process_time()
     with pytest.raises(CheckpointError, match=r"1 is missing \(double_blocks\.7\.img_mlp\.2"):
-        load_flux1(path)
+        load_flux(path)
     assert time.process_time() - start < 1

@@ -44,8 +44,8 @@ def test_a_cancel_in_a_step_ends_it_and_frees_the_plan(probe: dict[str, Any]) ->
 def test_modulation_is_not_loaded_while_the_blocks_run(probe: dict[str, Any]) -> None:
     assert probe["loaded_while_sampling"]
     for loaded in probe["loaded_while_sampling"]:
-        assert "Flux1Blocks" in loaded
-        assert "Flux1Modulation" not in loaded
+        assert "FluxBlocks" in loaded
+        assert "FluxModulation" not in loaded
 
 
 def test_the_embedded_models_folder_comes_last(probe: dict[str, Any]) -> None:

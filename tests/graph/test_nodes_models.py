@@ -30,10 +30,10 @@ def test_two_prompts_with_different_models_run_one_after_the_other(tiny_comfy: "
 
 def test_free_between_two_prompts_unloads_and_the_next_one_loads_again(tiny_comfy: "Comfy") -> None:
     for seed in (42, 43):
-        loads = tiny_comfy.log().count("Requested to load Flux1Blocks")
+        loads = tiny_comfy.log().count("Requested to load FluxBlocks")
         tiny_comfy.free()
         assert len(tiny_comfy.images(tiny_comfy.run(edit(seed=seed).nodes))) == 1
-        assert tiny_comfy.log().count("Requested to load Flux1Blocks") == loads + 1
+        assert tiny_comfy.log().count("Requested to load FluxBlocks") == loads + 1
 
 
 def test_free_while_another_prompt_waits_harms_neither(tiny_comfy: "Comfy") -> None:

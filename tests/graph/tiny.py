@@ -20,7 +20,7 @@ from glassbox.flux_core.families import (
 )
 from glassbox.flux_core.image.autoencoder import Autoencoder
 from glassbox.flux_core.text.modules import ClipSpec, Shapes, T5Spec
-from glassbox.flux_core.transformer.flux1 import build_flux1
+from glassbox.flux_core.transformer.flux import build_flux
 
 CLIP = ClipSpec(width=64, layers=1, ffn=64, vocabulary=49408, positions=77)
 T5 = T5Spec(width=64, layers=1, ffn=64, vocabulary=32128, heads=1, head_dim=64)
@@ -66,7 +66,7 @@ def save(state: Mapping[str, Tensor], path: Path) -> Path:
 
 def transformer_state(spec: TransformerSpec = TRANSFORMER, *, seed: int = 1) -> dict[str, Tensor]:
     """Random weights of a FLUX.1 transformer, under their published names."""
-    network = build_flux1(FLUX1_DEV, spec)
+    network = build_flux(FLUX1_DEV, spec)
     _fill(network, seed)
     return {**network.modulation.state_dict(), **network.blocks.state_dict()}
 

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from glassbox.flux_core.weights import autoencoder_keys, transformer_keys
-from glassbox.flux_core.weights.load import load_autoencoder, load_flux1
+from glassbox.flux_core.weights.load import load_autoencoder, load_flux
 from glassbox.tests.core.checkpoints import randomise, same
 
 
@@ -47,7 +47,7 @@ def test_a_transformer_folder_in_shards_loads_and_computes_the_same(tmp_path: Pa
         folder = tmp_path / f"FLUX.1-{guidance}" / "transformer"
         theirs = tiny_transformer(guidance=guidance)
         theirs.save_pretrained(folder, max_shard_size="4MB")
-        ours, report = load_flux1(folder)
+        ours, report = load_flux(folder)
         assert report.files > 1
         state = ours.modulation.state_dict() | ours.blocks.state_dict()
         assert same(transformer_keys.to_diffusers(state), theirs.state_dict())

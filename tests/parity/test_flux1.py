@@ -11,7 +11,7 @@ from glassbox.flux_core.families import (
     TransformerSpec,
 )
 from glassbox.flux_core.image.autoencoder import Autoencoder
-from glassbox.flux_core.transformer.flux1 import build_flux1
+from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.weights.autoencoder_keys import to_diffusers as autoencoder_to_diffusers
 from glassbox.flux_core.weights.transformer_keys import to_diffusers as transformer_to_diffusers
 
@@ -47,7 +47,7 @@ def _spec(guided):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_transformer_equals_diffusers(guided, batch):
     torch.manual_seed(batch)
-    ours = _perturb(build_flux1(FLUX1_KONTEXT, _spec(guided)))
+    ours = _perturb(build_flux(FLUX1_KONTEXT, _spec(guided)))
     theirs = FluxTransformer2DModel(
         in_channels=64,
         num_layers=2,

@@ -25,9 +25,9 @@ from glassbox.flux_core.sampling.sigmas import flux_sigmas
 from glassbox.flux_core.text.encoders import TextEncoders
 from glassbox.flux_core.tokens.pack import latent_tokens, tokens_latent
 from glassbox.flux_core.tokens.references import place_references
-from glassbox.flux_core.transformer.flux1 import Flux1
+from glassbox.flux_core.transformer.flux import Flux
 from glassbox.flux_core.values import Conditioning
-from glassbox.flux_core.weights.load import load_autoencoder, load_flux1
+from glassbox.flux_core.weights.load import load_autoencoder, load_flux
 from glassbox.flux_core.weights.text_encoders import load_text_encoders
 from glassbox.tests.parity import text_samples as samples
 
@@ -42,7 +42,7 @@ class Both:
     """The same weights twice."""
 
     published: diffusers.FluxKontextPipeline
-    network: Flux1
+    network: Flux
     autoencoder: Autoencoder
     encoders: TextEncoders
 
@@ -58,7 +58,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
         part.save_pretrained(folder / name)
     return Both(
         published=published_pipeline(transformer, vae, clip, t5, clip_files, t5_files),
-        network=load_flux1(folder / "kontext", family=FLUX1_KONTEXT)[0],
+        network=load_flux(folder / "kontext", family=FLUX1_KONTEXT)[0],
         autoencoder=load_autoencoder(folder / "vae")[0],
         encoders=load_text_encoders(
             [folder / "clip", folder / "t5"], clip_tokenizer=clip_files, t5_tokenizer=t5_files

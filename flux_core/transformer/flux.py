@@ -14,8 +14,8 @@ from ..operations import Operations
 from ..tokens.ids import text_ids
 from ..types import Ids, Sigmas, TokenValues
 from ..values import Conditioning, Tokens
-from .flux1_blocks import Flux1Blocks
-from .modulation import Flux1Modulation, StepModulation
+from .flux_blocks import FluxBlocks
+from .modulation import FluxModulation, StepModulation
 from .plan import Plan
 from .rope import rope_table
 
@@ -24,7 +24,7 @@ def _where_it_is(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-class Flux1(nn.Module):
+class Flux(nn.Module):
     """The transformer of FLUX.1.
 
     Args:
@@ -39,8 +39,8 @@ class Flux1(nn.Module):
         self,
         family: FluxFamily,
         spec: TransformerSpec,
-        modulation: Flux1Modulation,
-        blocks: Flux1Blocks,
+        modulation: FluxModulation,
+        blocks: FluxBlocks,
         *,
         ready: Callable[[nn.Module], torch.device] = _where_it_is,
         compute_dtype: torch.dtype | None = None,
@@ -194,19 +194,19 @@ class Flux1(nn.Module):
                 )
 
 
-def build_flux1(
+def build_flux(
     family: FluxFamily,
     spec: TransformerSpec | None = None,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     operations: Operations | None = None,
-) -> Flux1:
+) -> Flux:
     """Build the network with unset weights; `spec` is the family's own when None."""
     spec = spec or family.transformer
-    return Flux1(
+    return Flux(
         family,
         spec,
-        Flux1Modulation(spec, dtype=dtype, device=device, operations=operations),
-        Flux1Blocks(spec, dtype=dtype, device=device, operations=operations),
+        FluxModulation(spec, dtype=dtype, device=device, operations=operations),
+        FluxBlocks(spec, dtype=dtype, device=device, operations=operations),
     )

@@ -16,7 +16,7 @@ class _FinalLayer(nn.Module):
         self.linear = operations.Linear(spec.hidden, spec.out_channels, bias=True, **where)
 
 
-class Flux1Blocks(nn.Module):
+class FluxBlocks(nn.Module):
     """FLUX.1 without its modulation; key names are the published ones."""
 
     def __init__(
