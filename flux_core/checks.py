@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .errors import FamilyMismatchError, NonFiniteError, ShapeError
-from .families import LatentSpec
+from .specs import LatentSpec
 
 _LOOK_BEFORE = (
     "look at the node that made it; float16 overflows on some models and devices: load them as "

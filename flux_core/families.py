@@ -1,120 +1,23 @@
 """What differs between the models, as frozen data.
 
 A new family is one value here, one parity test and one workflow. No other file asks for a
-family by name; where the data does not say enough, a field is missing here.
+family by name; where the data does not say enough, a field is missing in `specs.py`.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
-Placement = Literal["as wired", "offset", "index", "single"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatentSpec:
-    """The latent as ComfyUI hands it over, and how the transformer reads it."""
-
-    name: str
-    channels: int
-    downscale: int  # pixels per latent cell, each axis
-    patch: int  # latent cells per token, each axis
-    scale: float  # the transformer sees scale * (latent - shift)
-    shift: float
-    id_axes: tuple[str, ...]
-    first_index: float  # where references begin on the first id axis; the target is at 0
-    index_step: float  # from one reference to the next, for placement "index"
-    # Red, green, blue in -1..1 from each scaled channel, then what is added; () = ComfyUI's own.
-    preview_rgb: tuple[tuple[float, float, float], ...] = ()
-
-    @property
-    def token_width(self) -> int:
-        """Channels of one token."""
-        return self.channels * self.patch**2
-
-    @property
-    def token_px(self) -> int:
-        """Pixels per token, each axis: picture sides are multiples of this."""
-        return self.downscale * self.patch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransformerSpec:
-    """Shape of the transformer; everything but axes and theta is read from a checkpoint."""
-
-    hidden: int
-    double_blocks: int
-    single_blocks: int
-    mlp_ratio: float
-    in_channels: int
-    out_channels: int
-    context_width: int
-    pooled_width: int
-    has_guidance: bool
-    axes_dim: tuple[int, ...]
-    theta: float
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return sum(self.axes_dim)
-
-    @property
-    def heads(self) -> int:
-        """Attention heads."""
-        return self.hidden // self.head_dim
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AutoencoderSpec:
-    """Shape of the autoencoder; the group count is the only part a checkpoint does not show."""
-
-    channels: int
-    channel_mult: tuple[int, ...]
-    res_blocks: int
-    norm_groups: int
-    latent: LatentSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextSpec:
-    """Lengths the text encoders pad to, in tokens."""
-
-    clip_tokens: int
-    t5_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduleSpec:
-    """The resolution-dependent shift: mu is linear in the target's token count."""
-
-    base_tokens: int = 256
-    max_tokens: int = 4096
-    base_shift: float = 0.5
-    max_shift: float = 1.15
-    shifted: bool = True  # False: sigmas fall linearly
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FluxFamily:
-    """One published model."""
-
-    name: str
-    title: str
-    transformer: TransformerSpec
-    latent: LatentSpec
-    text: TextSpec
-    trained_references: int  # how many references a picture had in training
-    schedule: ScheduleSpec
-    default_steps: int
-    default_guidance: float
-    file_hints: tuple[str, ...]  # substrings of file names; a hint is reported as a guess
-    source: str
-
-    @property
-    def is_guidance_distilled(self) -> bool:
-        """Guidance is an input of the network."""
-        return self.transformer.has_guidance
-
+from .specs import (
+    AutoencoderSpec,
+    ClipT5Spec,
+    EmpiricalShift,
+    FluxFamily,
+    LanguageModelSpec,
+    LatentSpec,
+    LinearShift,
+    ReferenceSpec,
+    TransformerSpec,
+)
+from .system_message import SYSTEM_MESSAGE
 
 FLUX1_LATENT = LatentSpec(
     name="FLUX.1",
@@ -152,8 +55,6 @@ NANO_FLUX1_LATENT = replace(
         (0.15, -0.08, -0.21),
     ),
 )
-LATENTS = {latent.name: latent for latent in (FLUX1_LATENT, NANO_FLUX1_LATENT)}
-
 FLUX1_AUTOENCODER = AutoencoderSpec(
     channels=128, channel_mult=(1, 2, 4, 4), res_blocks=2, norm_groups=32, latent=FLUX1_LATENT
 )
@@ -178,9 +79,10 @@ FLUX1_KONTEXT = FluxFamily(
     title="FLUX.1 Kontext [dev]",
     transformer=_FLUX1_TRANSFORMER,
     latent=FLUX1_LATENT,
-    text=TextSpec(clip_tokens=77, t5_tokens=512),
-    trained_references=1,
-    schedule=ScheduleSpec(),
+    text=ClipT5Spec(clip_tokens=77, t5_tokens=512),
+    references=ReferenceSpec(trained=1),
+    schedule=LinearShift(),
+    guidance="embedded",
     default_steps=30,
     default_guidance=2.5,
     file_hints=("kontext",),
@@ -191,9 +93,10 @@ FLUX1_DEV = FluxFamily(
     title="FLUX.1 [dev]",
     transformer=_FLUX1_TRANSFORMER,
     latent=FLUX1_LATENT,
-    text=TextSpec(clip_tokens=77, t5_tokens=512),
-    trained_references=0,
-    schedule=ScheduleSpec(),
+    text=ClipT5Spec(clip_tokens=77, t5_tokens=512),
+    references=ReferenceSpec(trained=0),
+    schedule=LinearShift(),
+    guidance="embedded",
     default_steps=50,
     default_guidance=2.5,
     file_hints=("flux1-dev", "flux-dev", "flux1_dev", "flux_dev"),
@@ -204,9 +107,10 @@ FLUX1_KREA = FluxFamily(
     title="FLUX.1 Krea [dev]",
     transformer=_FLUX1_TRANSFORMER,
     latent=FLUX1_LATENT,
-    text=TextSpec(clip_tokens=77, t5_tokens=512),
-    trained_references=0,
-    schedule=ScheduleSpec(),
+    text=ClipT5Spec(clip_tokens=77, t5_tokens=512),
+    references=ReferenceSpec(trained=0),
+    schedule=LinearShift(),
+    guidance="embedded",
     default_steps=50,
     default_guidance=2.5,
     file_hints=("krea",),
@@ -217,9 +121,11 @@ FLUX1_SCHNELL = FluxFamily(
     title="FLUX.1 [schnell]",
     transformer=_FLUX1_SCHNELL_TRANSFORMER,
     latent=FLUX1_LATENT,
-    text=TextSpec(clip_tokens=77, t5_tokens=256),
-    trained_references=0,
-    schedule=ScheduleSpec(shifted=False),
+    text=ClipT5Spec(clip_tokens=77, t5_tokens=256),
+    references=ReferenceSpec(trained=0),
+    schedule=None,
+    guidance="none",
+    is_step_distilled=True,
     default_steps=4,
     default_guidance=0.0,  # huggingface/diffusers; it has no guidance input
     file_hints=("schnell",),
@@ -237,9 +143,10 @@ NANO_KONTEXT = FluxFamily(
         pooled_width=128,
     ),
     latent=NANO_FLUX1_LATENT,
-    text=TextSpec(clip_tokens=20, t5_tokens=20),
-    trained_references=1,
-    schedule=ScheduleSpec(),
+    text=ClipT5Spec(clip_tokens=20, t5_tokens=20),
+    references=ReferenceSpec(trained=1),
+    schedule=LinearShift(),
+    guidance="embedded",
     default_steps=8,
     default_guidance=1.0,
     file_hints=("glassbox_nano_kontext",),
@@ -249,10 +156,201 @@ NANO_AUTOENCODER = AutoencoderSpec(
     channels=16, channel_mult=(1, 2, 4, 8), res_blocks=1, norm_groups=2, latent=NANO_FLUX1_LATENT
 )
 
-AUTOENCODERS = (FLUX1_AUTOENCODER, NANO_AUTOENCODER)
+
+FLUX2_LATENT = LatentSpec(
+    name="FLUX.2",
+    channels=128,
+    downscale=16,
+    patch=1,
+    scale=1.0,
+    shift=0.0,
+    id_axes=("index", "row", "column", "text"),
+    text_axis=3,
+    first_index=10.0,
+    index_step=10.0,
+)
+NANO_FLUX2_LATENT = replace(FLUX2_LATENT, name="FLUX.2 nano")
+FLUX2_AUTOENCODER = AutoencoderSpec(
+    channels=128,
+    channel_mult=(1, 2, 4, 4),
+    res_blocks=2,
+    norm_groups=32,
+    patch=2,
+    latent=FLUX2_LATENT,
+)
+FLUX2_SMALL_DECODER = replace(FLUX2_AUTOENCODER, decoder_channels=96)
+NANO_FLUX2_AUTOENCODER = replace(NANO_AUTOENCODER, patch=2, latent=NANO_FLUX2_LATENT)
+
+_FLUX2_TRANSFORMER = TransformerSpec(
+    hidden=6144,
+    double_blocks=8,
+    single_blocks=48,
+    mlp_ratio=3.0,
+    in_channels=128,
+    out_channels=128,
+    context_width=15360,
+    pooled_width=0,
+    has_guidance=True,
+    axes_dim=(32, 32, 32, 32),
+    theta=2000.0,
+    has_bias=False,
+    is_gated=True,
+    shares_modulation=True,
+)
+_KLEIN_9B_TRANSFORMER = replace(
+    _FLUX2_TRANSFORMER, hidden=4096, single_blocks=24, context_width=12288, has_guidance=False
+)
+_KLEIN_4B_TRANSFORMER = replace(
+    _KLEIN_9B_TRANSFORMER, hidden=3072, double_blocks=5, single_blocks=20, context_width=7680
+)
+MISTRAL_SMALL_3 = LanguageModelSpec(
+    title="Mistral Small 3.2 24B",
+    architecture="mistral3",
+    hidden=5120,
+    layers=(10, 20, 30),
+    tokens=512,
+    padding="left",
+    pad_token="<pad>",
+    before=f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]",
+    behind="[/INST]",
+    removed=("[IMG]",),
+    theta=1e9,
+    norm_eps=1e-5,
+)
+QWEN3_8B = LanguageModelSpec(
+    title="Qwen3 8B",
+    architecture="qwen3",
+    hidden=4096,
+    layers=(9, 18, 27),
+    tokens=512,
+    padding="right",
+    pad_token="<|endoftext|>",
+    before="<|im_start|>user\n",
+    behind="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+)
+QWEN3_4B = replace(QWEN3_8B, title="Qwen3 4B", hidden=2560)
+LANGUAGE_MODELS = (MISTRAL_SMALL_3, QWEN3_8B, QWEN3_4B)
+
+_FLUX2_REFERENCES = ReferenceSpec(trained=6, placement="index")  # dev: recommended at most
+_KLEIN_REFERENCES = ReferenceSpec(trained=4, placement="index")
+FLUX2_DEV = FluxFamily(
+    name="flux2-dev",
+    title="FLUX.2 [dev]",
+    transformer=_FLUX2_TRANSFORMER,
+    latent=FLUX2_LATENT,
+    text=MISTRAL_SMALL_3,
+    references=_FLUX2_REFERENCES,
+    schedule=EmpiricalShift(),
+    guidance="embedded",
+    default_steps=50,
+    default_guidance=4.0,
+    file_hints=("flux2-dev", "flux-2-dev"),
+    source="black-forest-labs/flux2@ab7cca6 src/flux2/model.py Flux2Params, scripts/cli.py",
+)
+FLUX2_KLEIN_9B = FluxFamily(
+    name="flux2-klein-9b",
+    title="FLUX.2 [klein] 9B",
+    transformer=_KLEIN_9B_TRANSFORMER,
+    latent=FLUX2_LATENT,
+    text=QWEN3_8B,
+    references=_KLEIN_REFERENCES,
+    schedule=EmpiricalShift(),
+    guidance="none",
+    default_steps=4,
+    default_guidance=1.0,
+    is_step_distilled=True,
+    file_hints=("klein-9b",),
+    source="black-forest-labs/flux2 src/flux2/util.py FLUX2_MODEL_INFO",
+)
+FLUX2_KLEIN_9B_KV = replace(
+    FLUX2_KLEIN_9B,
+    name="flux2-klein-9b-kv",
+    title="FLUX.2 [klein] 9B KV",
+    references=replace(
+        _KLEIN_REFERENCES, sequence=("text", "reference", "target"), see_only_themselves=True
+    ),
+    file_hints=("klein-9b-kv",),
+)
+FLUX2_KLEIN_BASE_9B = replace(
+    FLUX2_KLEIN_9B,
+    name="flux2-klein-base-9b",
+    title="FLUX.2 [klein] base 9B",
+    guidance="true cfg",
+    default_steps=50,
+    default_guidance=4.0,
+    is_step_distilled=False,
+    file_hints=("klein-base-9b",),
+)
+FLUX2_KLEIN_4B = replace(
+    FLUX2_KLEIN_9B,
+    name="flux2-klein-4b",
+    title="FLUX.2 [klein] 4B",
+    transformer=_KLEIN_4B_TRANSFORMER,
+    text=QWEN3_4B,
+    file_hints=("klein-4b", "klein"),
+)
+FLUX2_KLEIN_BASE_4B = replace(
+    FLUX2_KLEIN_BASE_9B,
+    name="flux2-klein-base-4b",
+    title="FLUX.2 [klein] base 4B",
+    transformer=_KLEIN_4B_TRANSFORMER,
+    text=QWEN3_4B,
+    file_hints=("klein-base-4b", "klein-base"),
+)
+NANO_QWEN3 = replace(
+    QWEN3_4B,
+    title="Glassbox nano Qwen3",
+    hidden=96,
+    layers=(1, 2, 3),
+    tokens=40,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+)
+NANO_KLEIN = FluxFamily(
+    name="nano-klein",
+    title="Glassbox nano klein",
+    transformer=replace(
+        _KLEIN_4B_TRANSFORMER, hidden=256, double_blocks=2, single_blocks=4, context_width=288
+    ),
+    latent=NANO_FLUX2_LATENT,
+    text=NANO_QWEN3,
+    references=replace(_KLEIN_REFERENCES, trained=2),
+    schedule=EmpiricalShift(),
+    guidance="none",
+    default_steps=4,
+    default_guidance=1.0,
+    file_hints=("glassbox_nano_klein",),
+    source="this project, flux_core/training/nano.py",
+)
+
+LATENTS = {
+    latent.name: latent
+    for latent in (FLUX1_LATENT, NANO_FLUX1_LATENT, FLUX2_LATENT, NANO_FLUX2_LATENT)
+}
+AUTOENCODERS = (
+    FLUX1_AUTOENCODER,
+    NANO_AUTOENCODER,
+    FLUX2_AUTOENCODER,
+    FLUX2_SMALL_DECODER,
+    NANO_FLUX2_AUTOENCODER,
+)
 
 # In the order their file hints are tried: "flux1-dev-kontext" is Kontext.
 FAMILIES = {
     family.name: family
-    for family in (NANO_KONTEXT, FLUX1_KONTEXT, FLUX1_KREA, FLUX1_SCHNELL, FLUX1_DEV)
+    for family in (
+        NANO_KONTEXT,
+        FLUX1_KONTEXT,
+        FLUX1_KREA,
+        FLUX1_SCHNELL,
+        FLUX1_DEV,
+        NANO_KLEIN,
+        FLUX2_DEV,
+        FLUX2_KLEIN_BASE_9B,
+        FLUX2_KLEIN_BASE_4B,
+        FLUX2_KLEIN_9B_KV,
+        FLUX2_KLEIN_9B,
+        FLUX2_KLEIN_4B,
+    )
 }

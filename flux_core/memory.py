@@ -3,7 +3,7 @@
 import math
 
 from .errors import MemoryLimitError
-from .families import AutoencoderSpec, LatentSpec, TransformerSpec
+from .specs import AutoencoderSpec, LatentSpec, TransformerSpec
 
 # Widths of the hidden state alive at once in a block, beside the MLP's. Measured on a CPU with
 # 8,704 tokens: 30 in all in float32, 38 in bfloat16, which rotates in float32.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .errors import SettingError
-from .families import LatentSpec
+from .specs import LatentSpec
 from .types import Ids, TokenValues
 
 MAX_GUIDANCE = 100.0

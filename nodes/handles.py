@@ -13,11 +13,11 @@ from torch import nn
 
 from ..flux_core import memory
 from ..flux_core.checks import check_finite, check_latent, check_sides
-from ..flux_core.families import LatentSpec
 from ..flux_core.image.pixels import check_image, to_image, to_pixels
 from ..flux_core.sampling.denoise import denoise, finish, sampling_notes
 from ..flux_core.sampling.guidance import TrueCFG
 from ..flux_core.sampling.solver import SolverName
+from ..flux_core.specs import LatentSpec
 from ..flux_core.types import Image, Latent, Sigmas
 from ..flux_core.values import Conditioning, TextFeatures, Tokens
 from . import host

@@ -20,11 +20,11 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor, nn
 
 from ..flux_core.errors import CheckpointError, SettingError
-from ..flux_core.families import LatentSpec
 from ..flux_core.memory import require_memory
 from ..flux_core.nano.paths import DIFFUSION_MODELS
 from ..flux_core.operations import Operations
 from ..flux_core.sampling.solver import Step
+from ..flux_core.specs import LatentSpec
 from ..flux_core.tokens.pack import unpack_tokens
 from ..flux_core.values import Tokens
 

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from ..flux_core.errors import CheckpointError
-from ..flux_core.families import FAMILIES, FLUX1_KONTEXT, NANO_KONTEXT, TextSpec
+from ..flux_core.families import FAMILIES, FLUX1_KONTEXT, NANO_KONTEXT
+from ..flux_core.specs import ClipT5Spec
 from . import host
 from .handles import AutoencoderHandle, ModelHandle, TextEncodersHandle
 
@@ -68,7 +69,7 @@ def load_text_encoders(
     dtype: str,
     clip_tokenizer: Path,
     t5_tokenizer: Path,
-    text: TextSpec = FLUX1_KONTEXT.text,
+    text: ClipT5Spec = FLUX1_KONTEXT.text,
 ) -> TextEncodersHandle:
     """Load CLIP and T5 from one or two files, in any order."""
     from ..flux_core.weights import text_encoders as weights

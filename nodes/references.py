@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from typing_extensions import override
 
 from ..flux_core.errors import SettingError
-from ..flux_core.families import Placement
+from ..flux_core.specs import Placement
 from ..flux_core.tokens.references import place_references
 from ..flux_core.values import Conditioning, Tokens
 from .sockets import ConditioningSocket, TextSocket, TokensSocket

@@ -1,9 +1,10 @@
 """The FLUX autoencoder: pixels to latent and back.
 
 Key names are the published ones, so a checkpoint loads without a map.
-Source: black-forest-labs/flux@802fb47 src/flux/modules/autoencoder.py.
-Deviation: neither direction applies the transformer's scale and shift; those belong to the plan
-(LatentSpec). A sample's spread is clamped as huggingface/diffusers 0.42.1 does.
+Source: black-forest-labs/flux@802fb47 src/flux/modules/autoencoder.py;
+black-forest-labs/flux2@ab7cca6 src/flux2/autoencoder.py, whose bottleneck is patched and
+batch-normalised. Deviation: neither direction applies the transformer's scale and shift; those
+belong to the plan (LatentSpec). A sample's spread is clamped as huggingface/diffusers 0.42.1 does.
 """
 
 import torch
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..families import AutoencoderSpec
 from ..operations import Operations, torch_operations
+from ..specs import AutoencoderSpec
 from ..types import Latent
 
 
@@ -153,21 +154,27 @@ class _Encoder(nn.Module):
             self.down.append(down)
         self.mid = _Middle(build, widths[-1])
         self.norm_out = build.norm(widths[-1])
-        self.conv_out = build.conv(widths[-1], 2 * spec.latent.channels, 3)
+        moments = 2 * spec.bottleneck
+        self.conv_out = build.conv(widths[-1], moments, 3)
+        self.quant_conv = build.conv(moments, moments, 1) if spec.patch > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        moments = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return moments if self.quant_conv is None else self.quant_conv(moments)
 
 
 class _Decoder(nn.Module):
     def __init__(self, spec: AutoencoderSpec, build: _Build) -> None:
         super().__init__()
-        widths = [spec.channels * mult for mult in spec.channel_mult]
+        channels = spec.decoder_channels or spec.channels
+        widths = [channels * mult for mult in spec.channel_mult]
         inputs = [*widths[1:], widths[-1]]
-        self.conv_in = build.conv(spec.latent.channels, widths[-1], 3)
+        bottleneck = spec.bottleneck
+        self.post_quant_conv = build.conv(bottleneck, bottleneck, 1) if spec.patch > 1 else None
+        self.conv_in = build.conv(bottleneck, widths[-1], 3)
         self.mid = _Middle(build, widths[-1])
         self.up = nn.ModuleList()
         for level, outputs in enumerate(widths):
@@ -179,14 +186,46 @@ class _Decoder(nn.Module):
         self.conv_out = build.conv(widths[0], 3, 3)
 
     def forward(self, z: Tensor) -> Tensor:
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+class _LatentNorm(nn.Module):
+    """Batch norm with the statistics of training, over the channels of the patched latent."""
+
+    EPS = 1e-4
+
+    def __init__(self, channels: int, device: torch.device | str | None) -> None:
+        super().__init__()
+        # float32 whatever the weights are: they undo themselves exactly only then
+        ones = torch.ones(channels, dtype=torch.float32, device=device)
+        self.register_buffer("running_mean", torch.zeros_like(ones))
+        self.register_buffer("running_var", ones)
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        self.register_buffer("num_batches_tracked", count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, size = self._sizes(x)
+        return ((x.float() - mean) / size).to(x.dtype)
+
+    def undo(self, x: Tensor) -> Tensor:
+        mean, size = self._sizes(x)
+        return (x.float() * size + mean).to(x.dtype)
+
+    def _sizes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var = (
+            buffer.to(x.device, torch.float32)[None, :, None, None]
+            for buffer in (self.running_mean, self.running_var)
+        )
+        return mean, torch.sqrt(var + self.EPS)
+
+
 class Autoencoder(nn.Module):
-    """Pixels (B, 3, H, W) in -1..1 to a latent (B, C, H/8, W/8) and back."""
+    """Pixels (B, 3, H, W) in -1..1 to a latent (B, C, H/f, W/f) and back; f is spec's downscale."""
 
     def __init__(
         self,
@@ -201,6 +240,12 @@ class Autoencoder(nn.Module):
         build = _Build(spec.norm_groups, operations or torch_operations(), dtype, device)
         self.encoder = _Encoder(spec, build)
         self.decoder = _Decoder(spec, build)
+        self.bn = _LatentNorm(spec.latent.channels, device) if spec.patch > 1 else None
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Give mean and log variance of the bottleneck, each (B, c, H/8, W/8)."""
+        mean, logvar = self.encoder(pixels).chunk(2, dim=1)
+        return mean, logvar
 
     def encode(self, pixels: Tensor, *, generator: torch.Generator | None = None) -> Latent:
         """Encode a picture.
@@ -210,7 +255,7 @@ class Autoencoder(nn.Module):
             generator: None gives the posterior's mode, as published; a CPU generator a sample.
 
         Returns:
-            (B, C, H/8, W/8), unscaled.
+            (B, C, H/f, W/f), in the convention of ComfyUI's LATENT.
 
         Raises:
             ShapeError: a side is not a multiple of the downscale factor.
@@ -223,18 +268,30 @@ class Autoencoder(nn.Module):
                 f"sides that are multiples of {factor}.",
                 "put 'Fit Image (FLUX)' before it.",
             )
-        mean, logvar = self.encoder(pixels).chunk(2, dim=1)
+        mean, logvar = self.moments(pixels)
         if generator is None:
-            return mean
+            return self.to_latent(mean)
         noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32)
-        return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise.to(mean)
+        return self.to_latent(mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise.to(mean))
 
     def decode(self, latent: Latent) -> Tensor:
-        """Decode an unscaled latent (B, C, h, w) to pixels (B, 3, 8h, 8w), about -1..1."""
+        """Decode a latent (B, C, h, w) to pixels (B, 3, f h, f w), about -1..1."""
         if latent.shape[1] != self.spec.latent.channels:
             raise ShapeError(
                 f"The latent has {latent.shape[1]} channels.",
                 f"{self.spec.latent.channels}, which {self.spec.latent.name} has.",
                 "use the autoencoder and the model of one family.",
             )
-        return self.decoder(latent)
+        return self.decoder(self.from_latent(latent))
+
+    def to_latent(self, z: Tensor) -> Latent:
+        """Patch and normalise a bottleneck (B, c, H/8, W/8); the identity where patch is 1."""
+        if self.bn is None:
+            return z
+        return self.bn(F.pixel_unshuffle(z, self.spec.patch))
+
+    def from_latent(self, latent: Latent) -> Tensor:
+        """Undo `to_latent`."""
+        if self.bn is None:
+            return latent
+        return F.pixel_shuffle(self.bn.undo(latent), self.spec.patch)

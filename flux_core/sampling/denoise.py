@@ -119,14 +119,14 @@ def sampling_notes(
         notes.append(f"guidance {guidance:g} is ignored: {family.title} has no guidance input.")
     if network.spec.has_guidance and guidance is None:
         notes.append(f"guidance is {family.default_guidance:g}, the default of {family.title}.")
-    count, trained = len(conditioning.references), family.trained_references
+    count, trained = len(conditioning.references), family.references.trained
     if count > trained:
         notes.append(f"{count} references; the model was trained with {trained or 'none'}.")
     length = conditioning.text.txt.shape[1]
-    if length > family.text.t5_tokens:
+    if length > family.text.tokens:
         notes.append(
             f"the text is {length} tokens long; {family.title} was trained with "
-            f"{family.text.t5_tokens}: set t5_tokens on 'Encode Text (FLUX)'."
+            f"{family.text.tokens}: set t5_tokens on 'Encode Text (FLUX)'."
         )
     if cfg is not None:
         twice = len(cfg.window(steps))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError, ShapeError
-from ..families import FluxFamily, TransformerSpec
+from ..specs import FluxFamily, TransformerSpec
 from ..types import Sigmas, TokenValues
 from ..values import MAX_GUIDANCE, Conditioning, TextFeatures, Tokens
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import SettingError, ShapeError
-from ..families import LatentSpec
+from ..specs import LatentSpec
 from ..tokens.pack import latent_tokens
 from ..values import Tokens
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from ..errors import SettingError
-from ..families import ScheduleSpec
+from ..specs import ShiftSpec
 from ..types import Sigmas
 
 SigmaKind = Literal["flux", "linear", "karras", "exponential", "by hand"]
@@ -23,7 +23,7 @@ KARRAS_RHO = 7.0
 
 
 def make_sigmas(
-    schedule: ScheduleSpec, tokens: int, steps: int, *, kind: SigmaKind = "flux", by_hand: str = ""
+    schedule: ShiftSpec, tokens: int, steps: int, *, kind: SigmaKind = "flux", by_hand: str = ""
 ) -> Sigmas:
     """Make the sigmas a user asks for by name.
 
@@ -58,11 +58,11 @@ def make_sigmas(
     return own
 
 
-def flux_sigmas(schedule: ScheduleSpec, tokens: int, steps: int) -> Sigmas:
+def flux_sigmas(schedule: ShiftSpec, tokens: int, steps: int) -> Sigmas:
     """Shift evenly spaced sigmas by the size of the picture: large pictures stay noisy longer.
 
     Args:
-        schedule: the family's rule; `shifted` False gives the evenly spaced sigmas.
+        schedule: the family's rule; None gives the evenly spaced sigmas.
         tokens: tokens of the target only, at least 1; mu is extrapolated outside the trained range.
         steps: 1..10000.
 
@@ -80,9 +80,9 @@ def flux_sigmas(schedule: ScheduleSpec, tokens: int, steps: int) -> Sigmas:
         raise SettingError(
             f"The target has {tokens} tokens.", "at least 1.", "wire 'Noise (FLUX)' to noise."
         )
-    if not schedule.shifted:
+    if schedule is None:
         return linear_sigmas(steps)
-    mu = shift_mu(schedule, tokens)
+    mu = schedule.mu(tokens, steps)
     even = linear_sigmas(steps)[:-1]
     # float32 as in diffusers, bit for bit: embedded times 1000, a last bit shows in the picture
     strength = torch.tensor(math.exp(min(mu, 88.0)), dtype=torch.float32)  # e^89 is infinite
@@ -96,15 +96,6 @@ def flux_sigmas(schedule: ScheduleSpec, tokens: int, steps: int) -> Sigmas:
             "or by hand in 'Schedule (FLUX)'.",
         )
     return sigmas
-
-
-def shift_mu(schedule: ScheduleSpec, tokens: int) -> float:
-    """Interpolate the shift's exponent from the target's token count, straight on beyond the ends.
-
-    Source: black-forest-labs/flux@802fb47 src/flux/sampling.py get_lin_function.
-    """
-    place = (tokens - schedule.base_tokens) / (schedule.max_tokens - schedule.base_tokens)
-    return schedule.base_shift + place * (schedule.max_shift - schedule.base_shift)
 
 
 def linear_sigmas(steps: int) -> Sigmas:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, NonFiniteError, SettingError
-from ..families import TextSpec
+from ..specs import ClipT5Spec
 from ..values import TextFeatures
 from .modules import ClipSpec, T5Spec
 from .tokenizers import EncodedPrompt, PromptTokenizer
@@ -47,7 +47,7 @@ class TextEncoders:
 
     def __init__(
         self,
-        text: TextSpec,
+        text: ClipT5Spec,
         *,
         clip: nn.Module,
         t5: nn.Module,

@@ -1,7 +1,8 @@
 """Position ids: which picture a token belongs to, its row and its column.
 
 Ids stay float32: bfloat16 is exact only up to 256.
-Source: black-forest-labs/flux@802fb47 src/flux/sampling.py prepare, prepare_kontext.
+Source: black-forest-labs/flux@802fb47 src/flux/sampling.py prepare, prepare_kontext;
+black-forest-labs/flux2@ab7cca6 src/flux2/sampling.py prc_txt, prc_img.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import SettingError
-from ..families import LatentSpec
+from ..specs import LatentSpec
 from ..types import Ids
 from ..values import Tokens
 
@@ -44,8 +45,11 @@ def image_ids(
 
 
 def text_ids(length: int, spec: LatentSpec, device: torch.device | str | None = None) -> Ids:
-    """Positions of text tokens, (T, A) float32: zeros for FLUX.1."""
-    return torch.zeros(length, len(spec.id_axes), dtype=torch.float32, device=device)
+    """Positions of text tokens, (T, A) float32: zeros for FLUX.1, counted up for FLUX.2."""
+    ids = torch.zeros(length, len(spec.id_axes), dtype=torch.float32, device=device)
+    if spec.text_axis is not None:
+        ids[:, spec.text_axis] = torch.arange(length, dtype=torch.float32, device=device)
+    return ids
 
 
 def place(tokens: Tokens, *, index: float, row: float = 0.0, column: float = 0.0) -> Tokens:

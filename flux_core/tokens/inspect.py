@@ -2,7 +2,7 @@
 
 from typing import TypedDict
 
-from ..families import LatentSpec
+from ..specs import LatentSpec
 from ..types import Ids
 from ..values import Conditioning, Tokens
 from .ids import text_ids

@@ -5,7 +5,7 @@ reshape and permute, without einops.
 """
 
 from ..errors import ShapeError
-from ..families import LatentSpec
+from ..specs import LatentSpec
 from ..types import Latent, TokenValues
 from ..values import Tokens
 from .ids import image_ids

@@ -7,7 +7,7 @@
 from collections.abc import Sequence
 
 from ..errors import SettingError
-from ..families import Placement
+from ..specs import Placement
 from ..values import Tokens
 from .ids import place
 

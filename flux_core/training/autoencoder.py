@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from ..families import AutoencoderSpec, LatentSpec
 from ..image.autoencoder import Autoencoder
 from ..nano.drawing import draw
 from ..nano.world import COLOURS, Scene, random_scene
+from ..specs import AutoencoderSpec, LatentSpec
 from .optim import Clock, MatrixMuon, MovingAverage, learning_rate, set_rates
 from .ranks import Rank, average_gradients, gather_updates, share_from_lead
 
@@ -45,9 +45,9 @@ def autoencoder_loss(model: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor
         the loss, and the mean squared error of the picture in 0..1 alone, detached.
     """
     latent = model.spec.latent
-    mean, logvar = model.encoder(pixels).float().chunk(2, dim=1)
+    mean, logvar = (part.float() for part in model.moments(pixels))
     noisy = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * torch.randn_like(mean)
-    error = model.decode(noisy).float() - pixels
+    error = model.decoder(noisy).float() - pixels
     unit = latent.scale * (mean - latent.shift)
     variance, average = torch.var_mean(unit, dim=(0, 2, 3))
     size = average.square().mean() + (variance - 1.0).square().mean()
@@ -142,6 +142,20 @@ def _train(
 
 @torch.no_grad()
 def set_unit_size(model: Autoencoder, pixels: Tensor) -> None:
+    """Give the latent zero mean and unit variance, as the transformer should see it."""
+    if model.bn is None:
+        _scale_convolutions(model, pixels)
+        return
+    model.bn.running_mean.zero_()
+    model.bn.running_var.fill_(1.0 - model.bn.EPS)
+    latents = torch.cat([model.encode(part) for part in cast("Sequence[Tensor]", pixels.split(32))])
+    variance, mean = torch.var_mean(latents, dim=(0, 2, 3))
+    model.bn.running_mean.copy_(mean)
+    model.bn.running_var.copy_(variance)
+    model.bn.num_batches_tracked.fill_(len(pixels))
+
+
+def _scale_convolutions(model: Autoencoder, pixels: Tensor) -> None:
     """Move the latent's mean and size into the convolutions around it.
 
     Afterwards scale * (latent - shift), what the transformer sees, has zero mean and unit

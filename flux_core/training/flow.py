@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..families import LatentSpec
+from ..specs import LatentSpec
 from ..tokens.ids import image_ids, text_ids
 from ..transformer.flux import Flux
 from ..transformer.plan import Plan
@@ -89,7 +89,7 @@ def predictor(
             txt=blocks.txt_in(batch.txt),
             references=None if batch.reference is None else blocks.img_in(batch.reference),
             rope=rope,
-            modulations=[network.modulation(sigma, batch.pooled, strength)],
+            modulations=[network.modulation(sigma, batch.pooled, strength, batch.txt.dtype)],
         )
         return plan.velocity(x, 0)
 

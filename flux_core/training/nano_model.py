@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families import NANO_KONTEXT, TransformerSpec
+from ..families import NANO_KONTEXT
 from ..nano.paths import CLIP_TOKENIZER, T5_TOKENIZER
 from ..nano.world import COLOURS, KINDS
 from ..operations import torch_operations
+from ..specs import TransformerSpec
 from ..text.modules import ClipSpec, T5Spec, build_clip, build_t5
 from ..text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from ..transformer.flux import Flux, build_flux

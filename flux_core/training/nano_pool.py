@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..families import LatentSpec
 from ..image.autoencoder import Autoencoder
 from ..nano.drawing import Floats, compose, coverage
 from ..nano.wording import speak
@@ -38,6 +37,7 @@ from ..nano.world import (
     with_colour,
     without,
 )
+from ..specs import LatentSpec
 from ..tokens.pack import pack_latent
 from .autoencoder import SHARPNESS
 

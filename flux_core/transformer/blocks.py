@@ -1,20 +1,21 @@
-"""The blocks of FLUX.1 without their modulation: joint attention and feed-forward.
+"""The blocks of FLUX without their modulation: joint attention and feed-forward.
 
 Key names are the published ones.
 Source: black-forest-labs/flux@802fb47 src/flux/modules/layers.py DoubleStreamBlock,
-SingleStreamBlock. Deviation: query/key normalisation, scale and rotation stay in float32 until the
+SingleStreamBlock; black-forest-labs/flux2@ab7cca6 src/flux2/model.py for FLUX.2's, with SwiGLU and
+without biases. Deviation: query/key normalisation, scale and rotation stay in float32 until the
 attention (published code rounds to the model's dtype in between); the last single block is asked
 for the target's tokens alone, which is all that is read of it.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families import TransformerSpec
-from ..operations import Operations
+from .build import Build
 from .modulation import Shift
 from .rope import Rope, rotate
 
@@ -45,8 +46,20 @@ def keep_finite(x: Tensor) -> Tensor:
     return x.clip(-_HALF_MAX, _HALF_MAX) if x.dtype == torch.float16 else x
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """Rotated keys and values (1 or B, R, H, D) that tokens of one block attend to as well."""
+
+    key: Tensor
+    value: Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, more: KeyValue | None = None) -> Tensor:
     """Attention without a mask: q, k, v (B, L, H, D) to (B, L of q, H D)."""
+    if more is not None:
+        batch = k.shape[0]
+        k = torch.cat((more.key.expand(batch, -1, -1, -1), k), dim=1)
+        v = torch.cat((more.value.expand(batch, -1, -1, -1), v), dim=1)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -78,39 +91,52 @@ class _QueryKeyNorm(nn.Module):
         return rotate(normed, rope).to(x.dtype)
 
 
+class _SwiGLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return gated(x)
+
+
 class _Attention(nn.Module):
     """Projections of one stream of a double block."""
 
-    def __init__(self, spec: TransformerSpec, operations: Operations, **where: Any) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
+        spec = build.spec
         self.heads = spec.heads
-        self.qkv = operations.Linear(spec.hidden, 3 * spec.hidden, bias=True, **where)
-        self.norm = _QueryKeyNorm(spec.head_dim, **where)
-        self.proj = operations.Linear(spec.hidden, spec.hidden, bias=True, **where)
+        self.qkv = build.linear(spec.hidden, 3 * spec.hidden)
+        self.norm = _QueryKeyNorm(spec.head_dim, **build.where)
+        self.proj = build.linear(spec.hidden, spec.hidden)
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         return (*self.norm(q, k, rope), v)
 
 
-def _mlp(spec: TransformerSpec, operations: Operations, **where: Any) -> nn.Sequential:
-    inner = int(spec.hidden * spec.mlp_ratio)
+def _mlp(build: Build) -> nn.Sequential:
+    spec = build.spec
+    inner = spec.mlp_width
     return nn.Sequential(
-        operations.Linear(spec.hidden, inner, bias=True, **where),
-        nn.GELU(approximate="tanh"),
-        operations.Linear(inner, spec.hidden, bias=True, **where),
+        build.linear(spec.hidden, 2 * inner if spec.is_gated else inner),
+        _SwiGLU() if spec.is_gated else nn.GELU(approximate="tanh"),
+        build.linear(inner, spec.hidden),
     )
+
+
+def gated(x: Tensor) -> Tensor:
+    """SwiGLU: the first half of the channels, through SiLU, times the second."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class DoubleBlock(nn.Module):
     """Text and image with weights of their own, attending jointly."""
 
-    def __init__(self, spec: TransformerSpec, operations: Operations, **where: Any) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        self.img_attn = _Attention(spec, operations, **where)
-        self.img_mlp = _mlp(spec, operations, **where)
-        self.txt_attn = _Attention(spec, operations, **where)
-        self.txt_mlp = _mlp(spec, operations, **where)
+        self.img_attn = _Attention(build)
+        self.img_mlp = _mlp(build)
+        self.txt_attn = _Attention(build)
+        self.txt_mlp = _mlp(build)
 
     def forward(
         self,
@@ -119,37 +145,74 @@ class DoubleBlock(nn.Module):
         img_mod: tuple[Shift, ...],
         txt_mod: tuple[Shift, ...],
         rope: Rope,
+        kept: KeyValue | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Update img (B, N, hidden) and txt (B, T, hidden); rope covers text, then image."""
         length = txt.shape[1]
         txt_qkv = self.txt_attn.project(modulate(txt, txt_mod[0]), rope[:length])
         img_qkv = self.img_attn.project(modulate(img, img_mod[0]), rope[length:])
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv, strict=True))
-        joint = attend(q, k, v)
-        img = add_gated(img, img_mod[0], self.img_attn.proj(joint[:, length:]))
-        img = add_gated(img, img_mod[1], self.img_mlp(modulate(img, img_mod[1])))
+        joint = attend(q, k, v, kept)
+        img = self._finish_image(img, joint[:, length:], img_mod)
         txt = add_gated(txt, txt_mod[0], self.txt_attn.proj(joint[:, :length]))
         txt = add_gated(txt, txt_mod[1], self.txt_mlp(modulate(txt, txt_mod[1])))
         return img, keep_finite(txt)
+
+    def references(
+        self, x: Tensor, mod: tuple[Shift, ...], rope: Rope, *, is_last: bool
+    ) -> tuple[Tensor, KeyValue]:
+        """Update references x (B, R, hidden) that see themselves alone; also what others see."""
+        q, k, v = self.img_attn.project(modulate(x, mod[0]), rope)
+        kept = KeyValue(k, v)
+        return (x if is_last else self._finish_image(x, attend(q, k, v), mod)), kept
+
+    def _finish_image(self, img: Tensor, attention: Tensor, mod: tuple[Shift, ...]) -> Tensor:
+        img = add_gated(img, mod[0], self.img_attn.proj(attention))
+        return add_gated(img, mod[1], self.img_mlp(modulate(img, mod[1])))
 
 
 class SingleBlock(nn.Module):
     """Text and image in one sequence; attention and feed-forward side by side."""
 
-    def __init__(self, spec: TransformerSpec, operations: Operations, **where: Any) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        self.heads, self.hidden = spec.heads, spec.hidden
-        inner = int(spec.hidden * spec.mlp_ratio)
-        self.linear1 = operations.Linear(spec.hidden, 3 * spec.hidden + inner, bias=True, **where)
-        self.linear2 = operations.Linear(spec.hidden + inner, spec.hidden, bias=True, **where)
-        self.norm = _QueryKeyNorm(spec.head_dim, **where)
+        spec = build.spec
+        self.heads, self.hidden, self.is_gated = spec.heads, spec.hidden, spec.is_gated
+        inner = spec.mlp_width
+        wide = 2 * inner if spec.is_gated else inner
+        self.linear1 = build.linear(spec.hidden, 3 * spec.hidden + wide)
+        self.linear2 = build.linear(spec.hidden + inner, spec.hidden)
+        self.norm = _QueryKeyNorm(spec.head_dim, **build.where)
 
-    def forward(self, x: Tensor, mod: Shift, rope: Rope, wanted: slice = slice(None)) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mod: Shift,
+        rope: Rope,
+        wanted: slice = slice(None),
+        kept: KeyValue | None = None,
+    ) -> Tensor:
         """Update x (B, L, hidden); the result holds the `wanted` tokens only."""
+        projected, q, k, v = self._project(x, mod, rope)
+        return self._finish(
+            x[:, wanted], projected[:, wanted], attend(q[:, wanted], k, v, kept), mod
+        )
+
+    def references(
+        self, x: Tensor, mod: Shift, rope: Rope, *, is_last: bool
+    ) -> tuple[Tensor, KeyValue]:
+        """Update references x (B, R, hidden) that see themselves alone; also what others see."""
+        projected, q, k, v = self._project(x, mod, rope)
+        kept = KeyValue(k, v)
+        return (x if is_last else self._finish(x, projected, attend(q, k, v), mod)), kept
+
+    def _project(self, x: Tensor, mod: Shift, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         projected = self.linear1(modulate(x, mod))
         q, k, v = projected[..., : 3 * self.hidden].unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = self.norm(q, k, rope)
-        attention = attend(q[:, wanted], k, v)
-        inner = F.gelu(projected[:, wanted, 3 * self.hidden :], approximate="tanh")
+        return projected, *self.norm(q, k, rope), v
+
+    def _finish(self, x: Tensor, projected: Tensor, attention: Tensor, mod: Shift) -> Tensor:
+        inner = projected[..., 3 * self.hidden :]
+        inner = gated(inner) if self.is_gated else F.gelu(inner, approximate="tanh")
         change = self.linear2(torch.cat((attention, inner), dim=-1))
-        return keep_finite(add_gated(x[:, wanted], mod, change))
+        return keep_finite(add_gated(x, mod, change))

@@ -1,37 +1,58 @@
-"""FLUX.1: two modules with weights, and the plan that runs them.
+"""FLUX.1 and FLUX.2: two modules with weights, and the plan that runs them.
 
-Source: black-forest-labs/flux@802fb47 src/flux/model.py Flux.
+Source: black-forest-labs/flux@802fb47 src/flux/model.py Flux; black-forest-labs/flux2@ab7cca6
+src/flux2/model.py Flux2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import FamilyMismatchError, ShapeError
-from ..families import FluxFamily, TransformerSpec
 from ..operations import Operations
+from ..specs import FluxFamily, TransformerSpec
 from ..tokens.ids import text_ids
 from ..types import Ids, Sigmas, TokenValues
 from ..values import Conditioning, Tokens
+from .blocks import KeyValue
 from .flux_blocks import FluxBlocks
 from .modulation import FluxModulation, StepModulation
-from .plan import Plan
-from .rope import rope_table
+from .plan import Plan, ReferencePass
+from .rope import Rope, rope_table
+
+Keep: TypeAlias = Callable[[tuple[Tokens, ...], ReferencePass], Iterable[KeyValue]]
 
 
 def _where_it_is(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
+def keep_for_the_run(references: tuple[Tokens, ...], computed: ReferencePass) -> Iterable[KeyValue]:
+    """Compute what references are seen as once, and hold it as long as the plan lives."""
+    del references
+    return tuple(computed)
+
+
+def compute_every_step(
+    references: tuple[Tokens, ...], computed: ReferencePass
+) -> Iterable[KeyValue]:
+    """Compute what references are seen as anew in every step: slow, and holds nothing."""
+    del references
+    return computed
+
+
 class Flux(nn.Module):
-    """The transformer of FLUX.1.
+    """The transformer.
 
     Args:
         family: the published model it is.
         spec: its real shape.
         modulation, blocks: the two parts; needed one after the other, never together.
         ready: called with a part just before it computes; brings it to the device it returns.
+        keep: where the family's references see themselves alone: given them and their pass, it
+            gives their keys and values block by block, computed or kept from an earlier run.
         compute_dtype: dtype of activations; the weights' own when None.
     """
 
@@ -43,12 +64,13 @@ class Flux(nn.Module):
         blocks: FluxBlocks,
         *,
         ready: Callable[[nn.Module], torch.device] = _where_it_is,
+        keep: Keep = keep_for_the_run,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.family, self.spec = family, spec
         self.modulation, self.blocks = modulation, blocks
-        self.ready, self.compute_dtype = ready, compute_dtype
+        self.ready, self.keep, self.compute_dtype = ready, keep, compute_dtype
 
     def plan(self, conditioning: Conditioning, target: Tokens, sigmas: Sigmas) -> Plan:
         """Make the plan of one conditioning; see `plans`."""
@@ -74,6 +96,8 @@ class Flux(nn.Module):
         if steps and steps[-1] == 0.0:
             steps.pop()
         device = self.ready(self.modulation)
+        if self.family.references.see_only_themselves:
+            steps.append(0.0)  # what the references are modulated with
         modulations = [self._modulations(one, steps, device) for one in conditionings]
         device = self.ready(self.blocks)
         return [
@@ -88,7 +112,7 @@ class Flux(nn.Module):
         txt: Tensor,
         txt_ids: Ids,
         timesteps: Tensor,
-        y: Tensor,
+        y: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> TokenValues:
         """Run one step with the published signature: a plan of one step.
@@ -96,7 +120,8 @@ class Flux(nn.Module):
         Args:
             img: (B, N, D) tokens in the transformer's scale; references may follow the target.
             img_ids, txt_ids: (N, A), (T, A), or the same with a batch axis.
-            txt: (B, T, E). y: (B, P). timesteps: (B,) sigma in 0..1. guidance: (B,).
+            txt: (B, T, E). y: (B, P), FLUX.1's pooled text. timesteps: (B,) sigma in 0..1.
+            guidance: (B,), for a model with the input.
 
         Returns:
             (B, N, D), the velocity of every image token.
@@ -104,8 +129,9 @@ class Flux(nn.Module):
         dtype, device = self._dtype(), self.ready(self.modulation)
         mod = self.modulation(
             timesteps.to(device),
-            y.to(device, dtype),
+            None if y is None else y.to(device),
             None if guidance is None else guidance.to(device),
+            dtype,
         )
         device = self.ready(self.blocks)
         ids = torch.cat([one[0] if one.ndim == 3 else one for one in (txt_ids, img_ids)])
@@ -113,7 +139,7 @@ class Flux(nn.Module):
             blocks=self.blocks,
             txt=self.blocks.txt_in(txt.to(device, dtype)),
             references=None,
-            rope=rope_table(ids, self.spec.axes_dim, self.spec.theta, device),
+            rope=self._rope([ids], device),
             modulations=[mod],
         )
         return plan.velocity(img.to(device), 0)
@@ -124,16 +150,18 @@ class Flux(nn.Module):
     def _modulations(
         self, conditioning: Conditioning, steps: Sequence[float], device: torch.device
     ) -> list[StepModulation]:
-        pooled = conditioning.text.pooled
-        assert pooled is not None  # checked
-        pooled = pooled.to(device, self._dtype())
-        batch = pooled.shape[0]
+        pooled, batch = None, 1
+        if self.spec.pooled_width and conditioning.text.pooled is not None:
+            pooled = conditioning.text.pooled.to(device)
+            batch = pooled.shape[0]
         guidance = None
         if conditioning.guidance is not None:
             guidance = torch.full((batch,), conditioning.guidance, device=device)
         # One row at a time: a GEMM over all steps rounds differently in bfloat16.
         return [
-            self.modulation(torch.full((batch,), sigma, device=device), pooled, guidance)
+            self.modulation(
+                torch.full((batch,), sigma, device=device), pooled, guidance, self._dtype()
+            )
             for sigma in steps
         ]
 
@@ -144,25 +172,44 @@ class Flux(nn.Module):
         modulations: Sequence[StepModulation],
         device: torch.device,
     ) -> Plan:
-        dtype, latent = self._dtype(), target.latent
-        txt = self.blocks.txt_in(conditioning.text.txt.to(device, dtype))
-        places = [text_ids(txt.shape[1], latent), target.ids.cpu()]
-        references = None
+        txt = self.blocks.txt_in(conditioning.text.txt.to(device, self._dtype()))
+        places = [text_ids(txt.shape[1], target.latent), target.ids.cpu()]
+        references, kept = None, None
         if conditioning.references:
-            batch = max(tokens.values.shape[0] for tokens in conditioning.references)
-            values = [
-                ((tokens.values.float() - latent.shift) * latent.scale).expand(batch, -1, -1)
-                for tokens in conditioning.references
-            ]
-            references = self.blocks.img_in(torch.cat(values, dim=1).to(device, dtype))
-            places += [tokens.ids.cpu() for tokens in conditioning.references]
+            references = self._project(conditioning.references, device)
+            ids = [tokens.ids.cpu() for tokens in conditioning.references]
+            if self.family.references.see_only_themselves:
+                computed = ReferencePass(
+                    blocks=self.blocks,
+                    references=references,
+                    rope=self._rope(ids, device),
+                    modulation=modulations[-1],
+                )
+                references, kept = None, self.keep(conditioning.references, computed)
+            else:
+                places += ids
         return Plan(
             blocks=self.blocks,
             txt=txt,
             references=references,
-            rope=rope_table(torch.cat(places), self.spec.axes_dim, self.spec.theta, device),
+            rope=self._rope(places, device),
             modulations=modulations,
+            kept=kept,
         )
+
+    def _project(self, references: Sequence[Tokens], device: torch.device) -> Tensor:
+        """Bring references into the transformer's scale and width: (B, R, hidden)."""
+        batch = max(tokens.values.shape[0] for tokens in references)
+        values = [
+            ((tokens.values.float() - tokens.latent.shift) * tokens.latent.scale).expand(
+                batch, -1, -1
+            )
+            for tokens in references
+        ]
+        return self.blocks.img_in(torch.cat(values, dim=1).to(device, self._dtype()))
+
+    def _rope(self, ids: Sequence[Ids], device: torch.device) -> Rope:
+        return rope_table(torch.cat(list(ids)), self.spec.axes_dim, self.spec.theta, device)
 
     def _check(self, conditioning: Conditioning, target: Tokens) -> None:
         text, spec = conditioning.text, self.spec

@@ -1,23 +1,22 @@
-"""The part of FLUX.1 that every step needs: projections, blocks, the last linear layer."""
-
-from typing import Any
+"""The part of the network that every step needs: projections, blocks, the last linear layer."""
 
 import torch
 from torch import nn
 
-from ..families import TransformerSpec
-from ..operations import Operations, torch_operations
+from ..operations import Operations
+from ..specs import TransformerSpec
 from .blocks import DoubleBlock, SingleBlock
+from .build import Build
 
 
 class _FinalLayer(nn.Module):
-    def __init__(self, spec: TransformerSpec, operations: Operations, **where: Any) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        self.linear = operations.Linear(spec.hidden, spec.out_channels, bias=True, **where)
+        self.linear = build.linear(build.spec.hidden, build.spec.out_channels)
 
 
 class FluxBlocks(nn.Module):
-    """FLUX.1 without its modulation; key names are the published ones."""
+    """The network without its modulation; key names are the published ones."""
 
     def __init__(
         self,
@@ -28,14 +27,9 @@ class FluxBlocks(nn.Module):
         operations: Operations | None = None,
     ) -> None:
         super().__init__()
-        ops = operations or torch_operations()
-        where: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.img_in = ops.Linear(spec.in_channels, spec.hidden, bias=True, **where)
-        self.txt_in = ops.Linear(spec.context_width, spec.hidden, bias=True, **where)
-        self.double_blocks = nn.ModuleList(
-            DoubleBlock(spec, ops, **where) for _ in range(spec.double_blocks)
-        )
-        self.single_blocks = nn.ModuleList(
-            SingleBlock(spec, ops, **where) for _ in range(spec.single_blocks)
-        )
-        self.final_layer = _FinalLayer(spec, ops, **where)
+        build = Build(spec, dtype=dtype, device=device, operations=operations)
+        self.img_in = build.linear(spec.in_channels, spec.hidden)
+        self.txt_in = build.linear(spec.context_width, spec.hidden)
+        self.double_blocks = nn.ModuleList(DoubleBlock(build) for _ in range(spec.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(build) for _ in range(spec.single_blocks))
+        self.final_layer = _FinalLayer(build)

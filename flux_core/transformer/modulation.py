@@ -1,25 +1,27 @@
-"""All of FLUX.1 that depends on the timestep, the guidance and the pooled text.
+"""All of the network that depends on the timestep, the guidance and the pooled text.
 
-27.5 % of FLUX.1's weights do nothing but turn one vector per step into shifts, scales and gates.
-They live in this module of their own so that a run can use them once, up front, and free them.
-Key names are the published ones.
+27.5 % of FLUX.1's weights do nothing but turn one vector per step into shifts, scales and gates;
+FLUX.2 shares them between its blocks. They live in this module of their own so that a run can use
+them once, up front, and free them. Key names are the published ones.
 Source: black-forest-labs/flux@802fb47 src/flux/modules/layers.py MLPEmbedder, Modulation,
-LastLayer, timestep_embedding. Deviation: the timestep embedding stays float32 until it meets the
-first weight (published code multiplies by 1000 in the model's dtype).
+LastLayer, timestep_embedding; black-forest-labs/flux2@ab7cca6 src/flux2/model.py Flux2. Deviation:
+the timestep embedding stays float32 until it meets the first weight (published code multiplies by
+1000 in the model's dtype).
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SettingError
-from ..families import TransformerSpec
-from ..operations import Operations, torch_operations
+from ..operations import Operations
+from ..specs import TransformerSpec
+from .build import Build
 
 EMBEDDING_WIDTH = 256
 
@@ -54,19 +56,19 @@ def timestep_embedding(t: Tensor, width: int = EMBEDDING_WIDTH) -> Tensor:
 
 
 class _Embedder(nn.Module):
-    def __init__(self, inputs: int, hidden: int, operations: Operations, **where: Any) -> None:
+    def __init__(self, build: Build, inputs: int) -> None:
         super().__init__()
-        self.in_layer = operations.Linear(inputs, hidden, bias=True, **where)
-        self.out_layer = operations.Linear(hidden, hidden, bias=True, **where)
+        self.in_layer = build.linear(inputs, build.spec.hidden)
+        self.out_layer = build.linear(build.spec.hidden, build.spec.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
 class _Modulation(nn.Module):
-    def __init__(self, hidden: int, parts: int, operations: Operations, **where: Any) -> None:
+    def __init__(self, build: Build, parts: int) -> None:
         super().__init__()
-        self.lin = operations.Linear(hidden, parts * hidden, bias=True, **where)
+        self.lin = build.linear(build.spec.hidden, parts * build.spec.hidden)
         self.parts = parts
 
     def forward(self, activated: Tensor) -> tuple[Shift, ...]:
@@ -78,29 +80,23 @@ class _Modulation(nn.Module):
 
 
 class _DoubleModulation(nn.Module):
-    def __init__(self, hidden: int, operations: Operations, **where: Any) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        self.img_mod = _Modulation(hidden, 6, operations, **where)
-        self.txt_mod = _Modulation(hidden, 6, operations, **where)
-
-    def forward(self, activated: Tensor) -> tuple[tuple[Shift, ...], tuple[Shift, ...]]:
-        return self.img_mod(activated), self.txt_mod(activated)
+        self.img_mod = _Modulation(build, 6)
+        self.txt_mod = _Modulation(build, 6)
 
 
 class _SingleModulation(nn.Module):
-    def __init__(self, hidden: int, operations: Operations, **where: Any) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        self.modulation = _Modulation(hidden, 3, operations, **where)
-
-    def forward(self, activated: Tensor) -> Shift:
-        return self.modulation(activated)[0]
+        self.modulation = _Modulation(build, 3)
 
 
 class _FinalModulation(nn.Module):
-    def __init__(self, hidden: int, operations: Operations, **where: Any) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
         self.adaLN_modulation = nn.Sequential(  # a published key name
-            nn.SiLU(), operations.Linear(hidden, 2 * hidden, bias=True, **where)
+            nn.SiLU(), build.linear(build.spec.hidden, 2 * build.spec.hidden)
         )
 
     def forward(self, vec: Tensor) -> Shift:
@@ -120,35 +116,42 @@ class FluxModulation(nn.Module):
         operations: Operations | None = None,
     ) -> None:
         super().__init__()
-        ops = operations or torch_operations()
-        where: dict[str, Any] = {"dtype": dtype, "device": device}
-        hidden = spec.hidden
-        self.time_in = _Embedder(EMBEDDING_WIDTH, hidden, ops, **where)
-        self.vector_in = _Embedder(spec.pooled_width, hidden, ops, **where)
+        build = Build(spec, dtype=dtype, device=device, operations=operations)
+        self.spec = spec
+        self.time_in = _Embedder(build, EMBEDDING_WIDTH)
+        if spec.pooled_width:
+            self.vector_in = _Embedder(build, spec.pooled_width)
         if spec.has_guidance:
-            self.guidance_in = _Embedder(EMBEDDING_WIDTH, hidden, ops, **where)
-        self.double_blocks = nn.ModuleList(
-            _DoubleModulation(hidden, ops, **where) for _ in range(spec.double_blocks)
-        )
-        self.single_blocks = nn.ModuleList(
-            _SingleModulation(hidden, ops, **where) for _ in range(spec.single_blocks)
-        )
-        self.final_layer = _FinalModulation(hidden, ops, **where)
+            self.guidance_in = _Embedder(build, EMBEDDING_WIDTH)
+        if spec.shares_modulation:
+            self.double_stream_modulation_img = _Modulation(build, 6)
+            self.double_stream_modulation_txt = _Modulation(build, 6)
+            self.single_stream_modulation = _Modulation(build, 3)
+        else:
+            self.double_blocks = nn.ModuleList(
+                _DoubleModulation(build) for _ in range(spec.double_blocks)
+            )
+            self.single_blocks = nn.ModuleList(
+                _SingleModulation(build) for _ in range(spec.single_blocks)
+            )
+        self.final_layer = _FinalModulation(build)
 
-    def forward(self, t: Tensor, pooled: Tensor, guidance: Tensor | None) -> StepModulation:
+    def forward(
+        self, t: Tensor, pooled: Tensor | None, guidance: Tensor | None, dtype: torch.dtype
+    ) -> StepModulation:
         """Compute one step's modulation.
 
         Args:
             t: (B,) sigma in 0..1, float32.
-            pooled: (B, P); its dtype is the dtype of the computation.
+            pooled: (B, P); None for a model without pooled text.
             guidance: (B,) float32; not used by a model without a guidance input.
+            dtype: of the computation.
 
         Raises:
             SettingError: a model with a guidance input is given none.
         """
-        dtype = pooled.dtype
         vec = self.time_in(timestep_embedding(t).to(dtype))
-        if hasattr(self, "guidance_in"):
+        if self.spec.has_guidance:
             if guidance is None:
                 raise SettingError(
                     "No guidance is given.",
@@ -156,14 +159,25 @@ class FluxModulation(nn.Module):
                     "set guidance on 'Reference Conditioner (FLUX)'.",
                 )
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
-        vec = vec + self.vector_in(pooled)
-        activated = F.silu(vec)
+        if self.spec.pooled_width:
+            assert pooled is not None  # checked with the conditioning
+            vec = vec + self.vector_in(pooled.to(dtype))
+        return self._of_blocks(F.silu(vec), self.final_layer(vec))
+
+    def _of_blocks(self, activated: Tensor, final: Shift) -> StepModulation:
+        spec = self.spec
+        if spec.shares_modulation:
+            return StepModulation(
+                img=(self.double_stream_modulation_img(activated),) * spec.double_blocks,
+                txt=(self.double_stream_modulation_txt(activated),) * spec.double_blocks,
+                single=self.single_stream_modulation(activated) * spec.single_blocks,
+                final=final,
+            )
         doubles = cast(Iterable[_DoubleModulation], self.double_blocks)
         singles = cast(Iterable[_SingleModulation], self.single_blocks)
-        img, txt = zip(*(block(activated) for block in doubles), strict=True)
         return StepModulation(
-            img=img,
-            txt=txt,
-            single=tuple(block(activated) for block in singles),
-            final=self.final_layer(vec),
+            img=tuple(block.img_mod(activated) for block in doubles),
+            txt=tuple(block.txt_mod(activated) for block in doubles),
+            single=tuple(block.modulation(activated)[0] for block in singles),
+            final=final,
         )

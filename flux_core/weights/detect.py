@@ -10,16 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, FamilyMismatchError
-from ..families import (
-    AUTOENCODERS,
-    FAMILIES,
-    FLUX1_AUTOENCODER,
-    FLUX1_DEV,
-    FLUX1_SCHNELL,
-    AutoencoderSpec,
-    FluxFamily,
-    TransformerSpec,
-)
+from ..families import AUTOENCODERS, FAMILIES, FLUX1_AUTOENCODER, FLUX1_DEV, FLUX1_SCHNELL
+from ..specs import AutoencoderSpec, FluxFamily, TransformerSpec
 from .autoencoder_keys import MOST_LEVELS
 from .header import ANOTHER_FILE
 from .layout import Shapes, count_numbers

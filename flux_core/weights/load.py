@@ -15,9 +15,9 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..families import FluxFamily
 from ..image.autoencoder import Autoencoder
 from ..operations import Operations
+from ..specs import FluxFamily
 from ..transformer.flux import Flux, build_flux
 from .autoencoder_keys import autoencoder_layout
 from .check import check_tensors, complete_tensors, expect_layout, shapes_of

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, FamilyMismatchError
-from ..families import FLUX1_KONTEXT, TextSpec
+from ..families import FLUX1_KONTEXT
 from ..operations import Operations, torch_operations
+from ..specs import ClipT5Spec
 from ..text.encoders import LOADER, TextEncoders
 from ..text.modules import CLIP_L, T5_XXL, ClipSpec, T5Spec, build_clip, build_t5
 from ..text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
@@ -52,7 +53,7 @@ def load_text_encoders(
     *,
     clip_tokenizer: Path,
     t5_tokenizer: Path,
-    text: TextSpec = FLUX1_KONTEXT.text,
+    text: ClipT5Spec = FLUX1_KONTEXT.text,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     operations: Operations | None = None,

@@ -10,7 +10,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from glassbox.flux_core.families import FLUX1_KONTEXT, TransformerSpec
+from glassbox.flux_core.families import FLUX1_KONTEXT
+from glassbox.flux_core.specs import TransformerSpec
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.tokens.pack import latent_tokens, pack_latent
 from glassbox.flux_core.transformer.flux import Flux, build_flux

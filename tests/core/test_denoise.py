@@ -15,19 +15,13 @@ from glassbox.flux_core.errors import (
     SettingError,
     ShapeError,
 )
-from glassbox.flux_core.families import (
-    FLUX1_DEV,
-    FLUX1_KONTEXT,
-    FLUX1_SCHNELL,
-    NANO_FLUX1_LATENT,
-    FluxFamily,
-    TransformerSpec,
-)
+from glassbox.flux_core.families import FLUX1_DEV, FLUX1_KONTEXT, FLUX1_SCHNELL, NANO_FLUX1_LATENT
 from glassbox.flux_core.sampling.denoise import denoise, finish, sampling_notes
 from glassbox.flux_core.sampling.guidance import TrueCFG
 from glassbox.flux_core.sampling.noise import make_noise
 from glassbox.flux_core.sampling.sigmas import linear_sigmas, parse_sigmas
 from glassbox.flux_core.sampling.solver import Step
+from glassbox.flux_core.specs import FluxFamily, TransformerSpec
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens

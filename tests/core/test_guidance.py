@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from glassbox.flux_core.errors import SettingError, ShapeError
-from glassbox.flux_core.families import FLUX1_KONTEXT, TransformerSpec
+from glassbox.flux_core.families import FLUX1_KONTEXT
 from glassbox.flux_core.sampling.guidance import TrueCFG, guider, join
 from glassbox.flux_core.sampling.noise import make_noise
 from glassbox.flux_core.sampling.sigmas import linear_sigmas
+from glassbox.flux_core.specs import TransformerSpec
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens

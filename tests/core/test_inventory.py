@@ -10,9 +10,9 @@ from glassbox.flux_core.families import (
     FLUX1_KONTEXT,
     FLUX1_KREA,
     FLUX1_SCHNELL,
-    FluxFamily,
 )
 from glassbox.flux_core.image.autoencoder import Autoencoder
+from glassbox.flux_core.specs import FluxFamily
 from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.weights.check import shapes_of
 from glassbox.flux_core.weights.detect import spec_of_autoencoder, spec_of_flux

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from glassbox.flux_core.errors import FamilyMismatchError, ShapeError
-from glassbox.flux_core.families import FLUX1_KONTEXT, FLUX1_LATENT, TransformerSpec
+from glassbox.flux_core.families import FLUX1_KONTEXT, FLUX1_LATENT
+from glassbox.flux_core.specs import TransformerSpec
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.tokens.pack import latent_tokens
 from glassbox.flux_core.transformer.flux import build_flux

@@ -14,7 +14,6 @@ from glassbox.flux_core.sampling.sigmas import (
     karras_sigmas,
     make_sigmas,
     parse_sigmas,
-    shift_mu,
 )
 
 SCHEDULE = FLUX1_DEV.schedule
@@ -32,10 +31,10 @@ def test_every_kind_falls_from_one_to_zero(kind: str, steps: int) -> None:
 
 
 def test_the_shift_is_extrapolated_not_clamped() -> None:
-    assert shift_mu(SCHEDULE, 64) < SCHEDULE.base_shift
-    assert shift_mu(SCHEDULE, 16384) == pytest.approx(3.23)
-    assert shift_mu(SCHEDULE, 4081) == pytest.approx(1.1474609375)
-    assert shift_mu(SCHEDULE, 4080) == pytest.approx(1.1472916667)
+    assert SCHEDULE.mu(64, 4) < SCHEDULE.base_shift
+    assert SCHEDULE.mu(16384, 4) == pytest.approx(3.23)
+    assert SCHEDULE.mu(4081, 4) == pytest.approx(1.1474609375)
+    assert SCHEDULE.mu(4080, 4) == pytest.approx(1.1472916667)
 
 
 def test_a_family_without_shift_falls_evenly() -> None:

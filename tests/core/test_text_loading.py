@@ -13,7 +13,7 @@ from glassbox.flux_core.errors import (
     NonFiniteError,
     SettingError,
 )
-from glassbox.flux_core.families import TextSpec
+from glassbox.flux_core.specs import ClipT5Spec
 from glassbox.flux_core.text.encoders import TextEncoders
 from glassbox.flux_core.text.modules import CLIP_L, T5_XXL, Shapes
 from glassbox.flux_core.weights.files import Checkpoint
@@ -257,12 +257,12 @@ def test_a_length_outside_the_bounds_is_refused(
 
 
 def test_lengths_come_from_the_model(kit: Kit, clip_file: Path, t5_file: Path) -> None:
-    encoders = kit.load(clip_file, t5_file, text=TextSpec(clip_tokens=32, t5_tokens=24))
+    encoders = kit.load(clip_file, t5_file, text=ClipT5Spec(clip_tokens=32, t5_tokens=24))
     features = encoders.encode("star " * 50)
     assert features.txt.shape[1] == 24
     assert [count.limit for count in features.counts] == [32, 24]
     assert all(count.cut for count in features.counts)
-    long = kit.load(clip_file, t5_file, text=TextSpec(clip_tokens=500, t5_tokens=24))
+    long = kit.load(clip_file, t5_file, text=ClipT5Spec(clip_tokens=500, t5_tokens=24))
     assert long.clip_tokens == 77  # no more than there are positions
 
 

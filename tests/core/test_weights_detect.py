@@ -13,10 +13,9 @@ from glassbox.flux_core.families import (
     FLUX1_SCHNELL,
     NANO_AUTOENCODER,
     NANO_KONTEXT,
-    AutoencoderSpec,
-    TransformerSpec,
 )
 from glassbox.flux_core.image.autoencoder import Autoencoder
+from glassbox.flux_core.specs import AutoencoderSpec, TransformerSpec
 from glassbox.flux_core.weights.check import shapes_of
 from glassbox.flux_core.weights.detect import (
     choose_family,

@@ -12,13 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from glassbox.flux_core.families import (
-    FLUX1_AUTOENCODER,
-    FLUX1_DEV,
-    AutoencoderSpec,
-    TransformerSpec,
-)
+from glassbox.flux_core.families import FLUX1_AUTOENCODER, FLUX1_DEV
 from glassbox.flux_core.image.autoencoder import Autoencoder
+from glassbox.flux_core.specs import AutoencoderSpec, TransformerSpec
 from glassbox.flux_core.text.modules import ClipSpec, Shapes, T5Spec
 from glassbox.flux_core.transformer.flux import build_flux
 

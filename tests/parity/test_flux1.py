@@ -4,13 +4,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
-from glassbox.flux_core.families import (
-    FLUX1_KONTEXT,
-    FLUX1_LATENT,
-    AutoencoderSpec,
-    TransformerSpec,
-)
+from glassbox.flux_core.families import FLUX1_KONTEXT, FLUX1_LATENT
 from glassbox.flux_core.image.autoencoder import Autoencoder
+from glassbox.flux_core.specs import AutoencoderSpec, TransformerSpec
 from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.weights.autoencoder_keys import to_diffusers as autoencoder_to_diffusers
 from glassbox.flux_core.weights.transformer_keys import to_diffusers as transformer_to_diffusers

@@ -5,8 +5,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from glassbox.flux_core.families import FLUX1_DEV, FLUX1_SCHNELL, ScheduleSpec
-from glassbox.flux_core.sampling.sigmas import make_sigmas, shift_mu
+from glassbox.flux_core.families import FLUX1_DEV, FLUX1_SCHNELL
+from glassbox.flux_core.sampling.sigmas import make_sigmas
+from glassbox.flux_core.specs import ShiftSpec
 
 TOLERANCE = 1e-6
 TOKENS = [64, 256, 1024, 4080, 4081, 4096, 16384]
@@ -65,18 +66,18 @@ PUBLISHED = {
 }
 
 
-def scheduler_sigmas(schedule: ScheduleSpec, tokens: int, steps: int, **kind: bool):
+def scheduler_sigmas(schedule: ShiftSpec, tokens: int, steps: int, **kind: bool):
     """Run diffusers' scheduler with the configuration published beside the weights."""
     scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0 if schedule.shifted else 1.0,
-        use_dynamic_shifting=schedule.shifted,
+        shift=1.0 if schedule is None else 3.0,
+        use_dynamic_shifting=schedule is not None,
         base_shift=schedule.base_shift,
         max_shift=schedule.max_shift,
         base_image_seq_len=schedule.base_tokens,
         max_image_seq_len=schedule.max_tokens,
         **kind,
     )
-    mu = shift_mu(schedule, tokens) if schedule.shifted else None
+    mu = None if schedule is None else schedule.mu(tokens, steps)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return scheduler.sigmas
 

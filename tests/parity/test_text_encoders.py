@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from glassbox.flux_core.families import TextSpec
+from glassbox.flux_core.specs import ClipT5Spec
 from glassbox.flux_core.text.encoders import TextEncoders
 from glassbox.flux_core.weights.text_encoders import load_text_encoders
 from glassbox.tests.parity import text_samples as samples
@@ -34,7 +34,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         [folder / "clip", folder / "t5"],
         clip_tokenizer=clip_files,
         t5_tokenizer=t5_files,
-        text=TextSpec(clip_tokens=77, t5_tokens=512),
+        text=ClipT5Spec(clip_tokens=77, t5_tokens=512),
     )
     published = diffusers.FluxPipeline(
         scheduler=None,

@@ -1,0 +1,206 @@
+"""The shapes of the data in `families.py`: what one model can differ in from another."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Placement = Literal["as wired", "offset", "index", "single"]
+SegmentKind = Literal["text", "target", "reference"]
+Guidance = Literal["embedded", "true cfg", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """The latent as ComfyUI hands it over, and how the transformer reads it."""
+
+    name: str
+    channels: int
+    downscale: int  # pixels per latent cell, each axis
+    patch: int  # latent cells per token, each axis
+    scale: float  # the transformer sees scale * (latent - shift)
+    shift: float
+    id_axes: tuple[str, ...]  # index, row, column; FLUX.2 counts text tokens on one more
+    text_axis: int | None = None  # the id axis that counts text tokens; None: text stays at 0
+    first_index: float  # where references begin on the first id axis; the target is at 0
+    index_step: float  # from one reference to the next, for placement "index"
+    # Red, green, blue in -1..1 from each scaled channel, then what is added; () = ComfyUI's own.
+    preview_rgb: tuple[tuple[float, float, float], ...] = ()
+
+    @property
+    def token_width(self) -> int:
+        """Channels of one token."""
+        return self.channels * self.patch**2
+
+    @property
+    def token_px(self) -> int:
+        """Pixels per token, each axis: picture sides are multiples of this."""
+        return self.downscale * self.patch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerSpec:
+    """Shape of the transformer; everything but axes and theta is read from a checkpoint."""
+
+    hidden: int
+    double_blocks: int
+    single_blocks: int
+    mlp_ratio: float
+    in_channels: int
+    out_channels: int
+    context_width: int
+    pooled_width: int
+    has_guidance: bool
+    axes_dim: tuple[int, ...]
+    theta: float
+    has_bias: bool = True  # on every linear layer
+    is_gated: bool = False  # SwiGLU in place of GELU; mlp_ratio counts the gated half
+    shares_modulation: bool = False  # one modulation for all blocks of a kind
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return sum(self.axes_dim)
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels between the two layers of a feed-forward part."""
+        return int(self.hidden * self.mlp_ratio)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self.hidden // self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoencoderSpec:
+    """Shape of the autoencoder; the group count is the only part a checkpoint does not show."""
+
+    channels: int
+    channel_mult: tuple[int, ...]
+    res_blocks: int
+    norm_groups: int
+    latent: LatentSpec
+    decoder_channels: int | None = None  # None: as many as the encoder
+    # Cells of the bottleneck per latent cell, each axis. Above 1 the bottleneck has 1x1
+    # convolutions around it, and the latent is its patches, batch-normalised.
+    patch: int = 1
+
+    @property
+    def bottleneck(self) -> int:
+        """Channels between encoder and decoder."""
+        return self.latent.channels // self.patch**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipT5Spec:
+    """FLUX.1's text: CLIP's pooled vector and T5's sequence; lengths they pad to, in tokens."""
+
+    clip_tokens: int
+    t5_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Text tokens the transformer was trained with."""
+        return self.t5_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageModelSpec:
+    """FLUX.2's text: hidden states of a language model, read between its layers.
+
+    The prompt stands between `before` and `behind`, is cut to fit and padded to `tokens`.
+    """
+
+    title: str
+    architecture: Literal["qwen3", "mistral3"]
+    hidden: int
+    layers: tuple[int, ...]  # hidden states after so many layers, concatenated
+    tokens: int
+    padding: Literal["left", "right"]
+    pad_token: str
+    before: str
+    behind: str
+    removed: tuple[str, ...] = ()  # taken out of the prompt
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    theta: float = 1e6
+    norm_eps: float = 1e-6
+
+
+TextSpec: TypeAlias = ClipT5Spec | LanguageModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearShift:
+    """FLUX.1's schedule: mu is linear in the target's token count, and extrapolated."""
+
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+    def mu(self, tokens: int, steps: int) -> float:
+        """Give the shift of a target of so many tokens; every number of steps has the same."""
+        del steps
+        place = (tokens - self.base_tokens) / (self.max_tokens - self.base_tokens)
+        return self.base_shift + place * (self.max_shift - self.base_shift)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmpiricalShift:
+    """FLUX.2's schedule: mu depends on tokens and steps, up to a size above which on tokens only.
+
+    Source: black-forest-labs/flux2@ab7cca6 src/flux2/sampling.py compute_empirical_mu.
+    """
+
+    few: tuple[int, float, float] = (10, 8.73809524e-05, 1.89833333)  # steps, slope, intercept
+    many: tuple[int, float, float] = (200, 0.00016927, 0.45666666)
+    most_tokens: int = 4300
+
+    def mu(self, tokens: int, steps: int) -> float:
+        """Give the shift of a target of so many tokens in so many steps."""
+        few, many = (slope * tokens + intercept for _, slope, intercept in (self.few, self.many))
+        if tokens > self.most_tokens:
+            return many
+        slope = (many - few) / (self.many[0] - self.few[0])
+        return slope * steps + (many - self.many[0] * slope)
+
+
+ShiftSpec: TypeAlias = LinearShift | EmpiricalShift | None  # None: sigmas fall linearly
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceSpec:
+    """What references a model knows."""
+
+    trained: int  # the most a picture had in training, or that its maker recommends
+    placement: Placement = "single"
+    sequence: tuple[SegmentKind, ...] = ("text", "target", "reference")
+    # References see references only, at t = 0: their keys and values hold for every step, prompt
+    # and size.
+    see_only_themselves: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FluxFamily:
+    """One published model."""
+
+    name: str
+    title: str
+    transformer: TransformerSpec
+    latent: LatentSpec
+    text: TextSpec
+    references: ReferenceSpec
+    schedule: ShiftSpec
+    guidance: Guidance
+    default_steps: int
+    default_guidance: float  # the network's input, or the scale of true CFG
+    is_step_distilled: bool = False
+    file_hints: tuple[str, ...]  # substrings of file names; a hint is reported as a guess
+    source: str
+
+    @property
+    def is_guidance_distilled(self) -> bool:
+        """Guidance is an input of the network."""
+        return self.transformer.has_guidance
