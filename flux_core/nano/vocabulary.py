@@ -1,6 +1,6 @@
-"""The tokenizers of the nano model: sentencepiece for T5, byte-pair merges for CLIP.
+"""The tokenizers of the nano models: sentencepiece for T5, byte-pair merges for CLIP and Qwen.
 
-Both know the words of the nano world, one token each; `write_tokenizers` makes the files that lie
+All know the words of the nano world, one token each; `write_tokenizers` makes the files that lie
 beside this one, in the formats of the published tokenizers.
 """
 
@@ -12,12 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .paths import CLIP_TOKENIZER, T5_TOKENIZER
+from .paths import CLIP_TOKENIZER, QWEN_TOKENIZER, T5_TOKENIZER
 from .wording import PUNCTUATION, vocabulary
 from .world import COLOURS, KINDS
 
 _END_OF_WORD = "</w>"
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+_SPACE, _NEW_LINE = "Ġ", "Ċ"  # the byte symbols of a space and a new line
 
 
 _T5_CONFIG: dict[str, object] = {
@@ -36,17 +38,17 @@ def words() -> list[str]:
     return vocabulary([*KINDS, *COLOURS])
 
 
-def write_tokenizers(clip: Path = CLIP_TOKENIZER, t5: Path = T5_TOKENIZER) -> None:
-    """Write both tokenizers into their folders."""
-    clip.mkdir(parents=True, exist_ok=True)
-    t5.mkdir(parents=True, exist_ok=True)
-    _write_clip(clip)
-    _write_t5(t5)
+def write_tokenizers(
+    clip: Path = CLIP_TOKENIZER, t5: Path = T5_TOKENIZER, qwen: Path = QWEN_TOKENIZER
+) -> None:
+    """Write the tokenizers into their folders."""
+    for folder, write in ((clip, _write_clip), (t5, _write_t5), (qwen, _write_qwen)):
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder)
 
 
-def learn_merges(known: list[str]) -> list[tuple[str, str]]:
-    """Learn byte-pair merges that make one token of every known word."""
-    spelled = [[*word[:-1], word[-1] + _END_OF_WORD] for word in known]
+def learn_merges(spelled: list[list[str]]) -> list[tuple[str, str]]:
+    """Learn byte-pair merges that make one token of every word, given as its symbols."""
     merges: list[tuple[str, str]] = []
     while True:
         pairs = Counter(pair for symbols in spelled for pair in pairwise(symbols))
@@ -78,7 +80,8 @@ def _byte_symbols() -> list[str]:
 
 
 def _write_clip(folder: Path) -> None:
-    merges = learn_merges([word for word in words() if len(word) > 1])
+    known = [word for word in words() if len(word) > 1]
+    merges = learn_merges([[*word[:-1], word[-1] + _END_OF_WORD] for word in known])
     symbols = _byte_symbols()
     tokens = [
         *symbols,
@@ -98,6 +101,38 @@ def _write_clip(folder: Path) -> None:
         "unk_token": CLIP_END,
         "model_max_length": 77,
         "tokenizer_class": "CLIPTokenizer",
+    }
+    _write(folder / "tokenizer_config.json", json.dumps(config, indent=1))
+
+
+def _write_qwen(folder: Path) -> None:
+    """Write a byte-level vocabulary, where a word has its space before it, and its merges."""
+    known = [*vocabulary([*KINDS, *COLOURS], two_pictures=True), "user", "assistant"]
+    merges = learn_merges([list(word) for word in known] + [[_NEW_LINE] * 2])
+    merges += [(_SPACE, word) for word in known]
+    tokens = dict.fromkeys([*_byte_symbols(), *("".join(pair) for pair in merges)])
+    ids = {token: place for place, token in enumerate(tokens)}
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    _write(folder / "vocab.json", json.dumps(ids, ensure_ascii=False))
+    _write(folder / "merges.txt", "\n".join(lines))
+    marks = {
+        str(len(ids) + place): {
+            "content": mark,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": not mark.endswith("think>"),
+        }
+        for place, mark in enumerate(QWEN_MARKS)
+    }
+    config = {
+        "added_tokens_decoder": marks,
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 512,
+        "tokenizer_class": "Qwen2Tokenizer",
     }
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=1))
 

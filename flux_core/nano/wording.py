@@ -39,6 +39,24 @@ _ADD = (
     "place {name}{place}",
     "insert {name}{place}",
 )
+# With a second picture: what is asked for is seen there, not said.
+_RECOLOUR_LIKE = (
+    "make the {name} the color of the shape in image 2",
+    "give the {name} the color from image 2",
+    "paint the {name} like the shape in image 2",
+    "change the color of the {name} to match image 2",
+)
+_BACKGROUND_LIKE = (
+    "use the background of image 2",
+    "give it the background from image 2",
+    "make the background like in image 2",
+    "change the background to match image 2",
+)
+_ADD_LIKE = (
+    "add the shape from image 2{place}",
+    "put the shape from image 2{place}",
+    "insert the shape of image 2{place}",
+)
 _CAPTION = (
     "{shapes} on {ground} background",
     "a picture of {shapes} on {ground} background",
@@ -69,6 +87,21 @@ def recolour_sentence(name: str, colour: str, rng: random.Random) -> str:
 def background_sentence(colour: str, rng: random.Random) -> str:
     """Ask for another background."""
     return rng.choice(_BACKGROUND).format(colour=colour)
+
+
+def recolour_like_sentence(name: str, rng: random.Random) -> str:
+    """Ask for the colour of the second picture's shape."""
+    return rng.choice(_RECOLOUR_LIKE).format(name=name)
+
+
+def background_like_sentence(rng: random.Random) -> str:
+    """Ask for the second picture's background."""
+    return rng.choice(_BACKGROUND_LIKE)
+
+
+def add_like_sentence(place: str, rng: random.Random) -> str:
+    """Ask for the second picture's shape; `place` may be empty."""
+    return rng.choice(_ADD_LIKE).format(place=_WHERE[place])
 
 
 def remove_sentence(name: str, rng: random.Random) -> str:
@@ -104,9 +137,16 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def vocabulary(names: Sequence[str]) -> list[str]:
-    """Every word the tokenizers know, sorted; any other word is unknown to T5."""
+def vocabulary(names: Sequence[str], *, two_pictures: bool = False) -> list[str]:
+    """Every word the tokenizers know, sorted; any other word is unknown to T5.
+
+    Args:
+        names: of kinds and colours.
+        two_pictures: with the words that speak of a second picture.
+    """
     sentences = (*_RECOLOUR, *_BACKGROUND, *_REMOVE, *_ADD, *_CAPTION, *_WHERE.values())
+    if two_pictures:
+        sentences += (*_RECOLOUR_LIKE, *_BACKGROUND_LIKE, *_ADD_LIKE)
     fields = {"name": "", "colour": "", "place": "", "shapes": "", "ground": ""}
     words = {word for sentence in sentences for word in sentence.format(**fields).split()}
     return sorted(words | set(names) | {"a", "an", "the", "and", "shape", "please", "can", "you"})

@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .wording import (
+    add_like_sentence,
     add_sentence,
+    background_like_sentence,
     background_sentence,
     caption_sentence,
+    recolour_like_sentence,
     recolour_sentence,
     remove_sentence,
 )
@@ -96,6 +99,7 @@ class Edit:
     text: str
     shape: int = -1  # which shape of the fuller scene is meant; -1: the background
     colour: str = ""  # the colour that is asked for
+    sample: Scene | None = None  # a second picture, which shows what is asked for
 
     @property
     def shapes(self) -> int:
@@ -184,19 +188,35 @@ def without(scene: Scene, index: int) -> Scene:
     return replace(scene, shapes=kept)
 
 
-def recolour(scene: Scene, index: int, colour: str, rng: random.Random) -> Edit:
-    """Ask for another colour of one shape."""
+def recolour(
+    scene: Scene, index: int, colour: str, rng: random.Random, sample: Scene | None = None
+) -> Edit:
+    """Ask for another colour of one shape; with a sample, for the colour of its shape."""
     after = with_colour(scene, index, colour)
     name = name_shape(scene, index, rng)
     text = recolour_sentence(name, colour, rng)
-    return Edit(action="recolour", before=scene, after=after, text=text, shape=index, colour=colour)
+    if sample is not None:
+        text = recolour_like_sentence(name, rng)
+    return Edit(
+        action="recolour",
+        before=scene,
+        after=after,
+        text=text,
+        shape=index,
+        colour=colour,
+        sample=sample,
+    )
 
 
-def repaint(scene: Scene, colour: str, rng: random.Random) -> Edit:
-    """Ask for another background."""
+def repaint(scene: Scene, colour: str, rng: random.Random, sample: Scene | None = None) -> Edit:
+    """Ask for another background; with a sample, for its background."""
     after = with_colour(scene, -1, colour)
     text = background_sentence(colour, rng)
-    return Edit(action="background", before=scene, after=after, text=text, colour=colour)
+    if sample is not None:
+        text = background_like_sentence(rng)
+    return Edit(
+        action="background", before=scene, after=after, text=text, colour=colour, sample=sample
+    )
 
 
 def remove(scene: Scene, index: int, rng: random.Random) -> Edit:
@@ -205,8 +225,8 @@ def remove(scene: Scene, index: int, rng: random.Random) -> Edit:
     return Edit(action="remove", before=scene, after=without(scene, index), text=text, shape=index)
 
 
-def add(scene: Scene, index: int, rng: random.Random) -> Edit:
-    """Ask for shape `index` of a scene, as if it were not there yet.
+def add(scene: Scene, index: int, rng: random.Random, sample: Scene | None = None) -> Edit:
+    """Ask for shape `index` of a scene, as if it were not there yet; a sample shows it.
 
     The shape must stand exactly at a named place. Without a place in the sentence a shape goes
     opposite the one that is there, or into the middle of an empty picture.
@@ -216,8 +236,16 @@ def add(scene: Scene, index: int, rng: random.Random) -> Edit:
     silent = OPPOSITE[nearest_place(before.shapes[0])] if before.shapes else "middle"
     named = "" if place == silent and rng.random() < 0.5 else place
     text = add_sentence(shape.kind, shape.colour, named, rng)
+    if sample is not None:
+        text = add_like_sentence(named, rng)
     return Edit(
-        action="add", before=before, after=scene, text=text, shape=index, colour=shape.colour
+        action="add",
+        before=before,
+        after=scene,
+        text=text,
+        shape=index,
+        colour=shape.colour,
+        sample=sample,
     )
 
 
@@ -254,27 +282,54 @@ def name_shape(scene: Scene, index: int, rng: random.Random) -> str:
     return rng.choice(names)
 
 
-def random_edit(action: Action, shapes: int, rng: random.Random, *, held_out: bool) -> Edit:
-    """Draw an edit of one kind on a scene of one or two shapes by lot."""
+def random_edit(
+    action: Action, shapes: int, rng: random.Random, *, held_out: bool, sampled: bool = False
+) -> Edit:
+    """Draw an edit of one kind on a scene of one or two shapes by lot.
+
+    Args:
+        action: anything but "remove" and "caption" can be asked for with a second picture.
+        shapes: 1 or 2, in the fuller scene.
+        rng: source of chance.
+        held_out: whether a scene of the edit, first or second, is one never trained on.
+        sampled: a second picture shows what is asked for.
+    """
     while True:
-        edit = _draw_edit(action, shapes, rng)
+        edit = _draw_edit(action, shapes, rng, sampled)
         sides = [scene for scene in (edit.before, edit.after) if scene is not None]
         if any(scene.is_held_out for scene in sides) == held_out:
             return edit
 
 
-def _draw_edit(action: Action, shapes: int, rng: random.Random) -> Edit:
+def _draw_edit(action: Action, shapes: int, rng: random.Random, sampled: bool) -> Edit:
     if action == "caption":
         return describe(caption_scene(rng), rng)
     if action == "add":
-        return add(add_scene(rng, shapes), shapes - 1, rng)
+        scene = add_scene(rng, shapes)
+        wanted = scene.shapes[-1]
+        sample = sample_scene(rng, kind=wanted.kind, colour=wanted.colour) if sampled else None
+        return add(scene, shapes - 1, rng, sample)
     scene = random_scene(rng, shapes, at_places=rng.random() < 0.3)
     index = rng.randrange(shapes)
+    if action == "remove":
+        return remove(scene, index, rng)
+    colour = rng.choice(free_colours(scene, index if action == "recolour" else -1))
     if action == "recolour":
-        return recolour(scene, index, rng.choice(free_colours(scene, index)), rng)
-    if action == "background":
-        return repaint(scene, rng.choice(free_colours(scene, -1)), rng)
-    return remove(scene, index, rng)
+        sample = sample_scene(rng, colour=colour) if sampled else None
+        return recolour(scene, index, colour, rng, sample)
+    sample = sample_scene(rng, background=colour) if sampled else None
+    return repaint(scene, colour, rng, sample)
+
+
+def sample_scene(
+    rng: random.Random, *, kind: str = "", colour: str = "", background: str = ""
+) -> Scene:
+    """One shape to take something from; what is not given comes by lot."""
+    ground = background or rng.choice([name for name in COLOURS if name != colour])
+    paint = colour or rng.choice([name for name in COLOURS if name != ground])
+    shape = random_scene(rng, 1).shapes[0]
+    shape = replace(shape, kind=kind or shape.kind, colour=paint)
+    return Scene(background=ground, shapes=(shape,))
 
 
 def add_scene(rng: random.Random, shapes: int) -> Scene:
