@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glassbox.flux_core.errors import SettingError
-from glassbox.flux_core.families import FLUX1_DEV, FLUX1_SCHNELL
+from glassbox.flux_core.families import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV
 from glassbox.flux_core.sampling.sigmas import (
     check_sigmas,
     exponential_sigmas,
@@ -37,6 +37,16 @@ def test_the_shift_is_extrapolated_not_clamped() -> None:
     assert SCHEDULE.mu(4080, 4) == pytest.approx(1.1472916667)
 
 
+def test_the_empirical_shift_depends_on_the_steps_up_to_a_size_and_breaks_right_above_it() -> None:
+    shift = FLUX2_DEV.schedule.mu
+    assert shift(4300, 4) == pytest.approx(2.3084780705)
+    assert shift(4300, 50) == pytest.approx(2.0446937905)
+    assert shift(4301, 4) == shift(4301, 50) == pytest.approx(1.18469693)
+    # the 10 and 200 of the published names are steps, where the line meets its two ends
+    assert shift(1024, 10) == pytest.approx(8.73809524e-05 * 1024 + 1.89833333)
+    assert shift(1024, 200) == pytest.approx(0.00016927 * 1024 + 0.45666666)
+
+
 def test_a_family_without_shift_falls_evenly() -> None:
     assert flux_sigmas(FLUX1_SCHNELL.schedule, 4096, 4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
 
@@ -45,6 +55,8 @@ def test_a_picture_too_large_for_the_shift_is_refused_with_its_numbers() -> None
     with pytest.raises(SettingError, match=r"250000 target tokens is mu 42\.77"):
         flux_sigmas(SCHEDULE, 250_000, 28)
     assert len(flux_sigmas(SCHEDULE, 65_536, 28)) == 29
+    with pytest.raises(SettingError, match=r"700000 target tokens is mu 118\.95"):
+        flux_sigmas(FLUX2_DEV.schedule, 700_000, 4)
 
 
 def test_karras_and_exponential_run_between_the_ends_they_are_given() -> None:
