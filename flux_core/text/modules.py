@@ -1,19 +1,22 @@
-"""CLIP-L's text tower and T5's encoder: their shapes, and empty modules to load weights into.
+"""The networks that read prompts: their shapes, and empty modules to load weights into.
 
-The networks are transformers' own; only their leaf layers are exchanged for the host's.
+They are transformers' own; only their leaf layers are exchanged for the host's, and a language
+model ends after the last layer whose state is read.
 
 Source: huggingface/transformers models/clip/modeling_clip.py CLIPTextModel, models/t5/
-modeling_t5.py T5Stack; sizes of openai/clip-vit-large-patch14 and google/t5-v1_1-xxl.
+modeling_t5.py T5Stack, models/qwen3/modeling_qwen3.py Qwen3Model, models/mistral/
+modeling_mistral.py MistralModel; sizes of openai/clip-vit-large-patch14 and google/t5-v1_1-xxl.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..operations import Operations
+from ..errors import SettingError
+from ..operations import Operations, torch_operations
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -87,6 +90,43 @@ class T5Spec:
         return shapes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageModelShape:
+    """Shape of a language model's first layers, up to the last one whose state is read."""
+
+    architecture: Literal["qwen3", "mistral3"]
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    theta: float
+    norm_eps: float
+
+    def shapes(self) -> Shapes:
+        """Name every tensor, without the `model.` prefix, with its shape."""
+        hidden, ffn = self.hidden, self.ffn
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes: Shapes = {"embed_tokens.weight": (self.vocabulary, hidden)}
+        for layer in range(self.layers):
+            stem = f"layers.{layer}."
+            shapes[f"{stem}self_attn.q_proj.weight"] = (queries, hidden)
+            shapes[f"{stem}self_attn.k_proj.weight"] = (keys, hidden)
+            shapes[f"{stem}self_attn.v_proj.weight"] = (keys, hidden)
+            shapes[f"{stem}self_attn.o_proj.weight"] = (hidden, queries)
+            if self.architecture == "qwen3":
+                shapes[f"{stem}self_attn.q_norm.weight"] = (self.head_dim,)
+                shapes[f"{stem}self_attn.k_norm.weight"] = (self.head_dim,)
+            shapes[f"{stem}mlp.gate_proj.weight"] = (ffn, hidden)
+            shapes[f"{stem}mlp.up_proj.weight"] = (ffn, hidden)
+            shapes[f"{stem}mlp.down_proj.weight"] = (hidden, ffn)
+            shapes[f"{stem}input_layernorm.weight"] = (hidden,)
+            shapes[f"{stem}post_attention_layernorm.weight"] = (hidden,)
+        return shapes
+
+
 CLIP_L = ClipSpec(width=768, layers=12, ffn=3072, vocabulary=49408, positions=77)
 T5_XXL = T5Spec(width=4096, layers=24, ffn=10240, vocabulary=32128, heads=64, head_dim=64)
 
@@ -142,6 +182,105 @@ def build_t5(spec: T5Spec, *, dtype: torch.dtype, operations: Operations) -> nn.
     with torch.device("meta"):
         module = T5EncoderModel(config).encoder
     return _finish(cast(nn.Module, module), dtype, operations)
+
+
+def build_language_model(
+    shape: LanguageModelShape,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    operations: Operations | None = None,
+) -> nn.Module:
+    """Build a language model without memory: load weights with `assign=True`.
+
+    Its keys are those of shape.shapes(): there is no final norm and no vocabulary head.
+
+    Args:
+        shape: what to build.
+        dtype: of the weights.
+        device: where the weights are, with undefined values; None: nowhere (`meta`).
+        operations: the layers to build from; None means torch.nn.
+
+    Raises:
+        SettingError: the installed transformers does not know the architecture.
+    """
+    config, build = _language_model_class(shape)
+    with torch.device("meta"):
+        module = build(config)
+    module.norm = nn.Identity()  # it follows the layers, and nothing is read behind it
+    _finish(module, dtype, operations or torch_operations())
+    if device is not None:
+        module.to_empty(device=device)
+    # Its frequencies are in no file, so no loading makes them real.
+    module.rotary_emb = cast(Callable[..., nn.Module], type(module.rotary_emb))(config=config)
+    return module
+
+
+def hidden_states(module: nn.Module, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:
+    """Run a language model and read the stream behind some of its layers.
+
+    Args:
+        module: of `build_language_model`, loaded.
+        ids: (B, L) int64.
+        mask: (B, L) int64, 0 where nothing is to look.
+        layers: states after so many layers, each 1 to the module's number of layers.
+
+    Returns:
+        (B, L, len(layers) * hidden), the states side by side in the order of layers.
+
+    Source: huggingface/diffusers@0.42.1 pipelines/flux2/pipeline_flux2_klein.py
+    Flux2KleinPipeline._get_qwen3_prompt_embeds.
+    """
+    run = cast(_LanguageModel, module)
+    states = run(
+        input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+    ).hidden_states
+    return torch.cat([states[layer] for layer in layers], dim=-1)  # index 0: the embeddings
+
+
+class _States(Protocol):
+    hidden_states: Sequence[Tensor]
+
+
+class _LanguageModel(Protocol):
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        output_hidden_states: bool,
+        use_cache: bool,
+    ) -> _States: ...
+
+
+def _language_model_class(shape: LanguageModelShape) -> tuple[object, Callable[..., nn.Module]]:
+    """Give transformers' configuration of the shape, and the class to build from it."""
+    import transformers  # late: takes seconds to import
+
+    names = {"qwen3": "Qwen3", "mistral3": "Mistral"}
+    name = names[shape.architecture]
+    make_config = getattr(transformers, f"{name}Config", None)
+    build = getattr(transformers, f"{name}Model", None)
+    if make_config is None or build is None:
+        raise SettingError(
+            f"transformers {transformers.__version__} is installed, which has no {name}.",
+            "transformers 4.51 or newer.",
+            'upgrade it in the Python that runs ComfyUI: pip install -U "transformers>=4.51".',
+        )
+    config = make_config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        rms_norm_eps=shape.norm_eps,
+        rope_theta=shape.theta,
+        sliding_window=None,
+        use_cache=False,
+    )
+    return config, build
 
 
 def _finish(module: nn.Module, dtype: torch.dtype, operations: Operations) -> nn.Module:
