@@ -28,6 +28,8 @@ class TextFeatures:
     txt: Tensor  # (B, T, E)
     pooled: Tensor | None  # (B, P)
     counts: tuple[TokenCount, ...] = ()
+    notes: tuple[str, ...] = ()  # what became of the prompt that one may not expect
+    source: str = ""  # the title of the encoders that made it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
