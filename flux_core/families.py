@@ -14,6 +14,7 @@ from .specs import (
     LanguageModelSpec,
     LatentSpec,
     LinearShift,
+    ReferenceSize,
     ReferenceSpec,
     TransformerSpec,
 )
@@ -157,6 +158,12 @@ NANO_AUTOENCODER = AutoencoderSpec(
 )
 
 
+# black-forest-labs/flux2@ab7cca6 src/flux2/sampling.py; huggingface/diffusers@0.42.1 scales to
+# 1024**2 for one reference too.
+FLUX2_ONE_REFERENCE = ReferenceSize(
+    shortest_px=64, longest_aspect=8.0, most_px=2024**2, multiple=16
+)
+FLUX2_SEVERAL_REFERENCES = replace(FLUX2_ONE_REFERENCE, most_px=1024**2)
 FLUX2_LATENT = LatentSpec(
     name="FLUX.2",
     channels=128,
@@ -168,6 +175,7 @@ FLUX2_LATENT = LatentSpec(
     text_axis=3,
     first_index=10.0,
     index_step=10.0,
+    reference=FLUX2_ONE_REFERENCE,
 )
 NANO_FLUX2_LATENT = replace(FLUX2_LATENT, name="FLUX.2 nano")
 FLUX2_AUTOENCODER = AutoencoderSpec(
@@ -327,6 +335,11 @@ NANO_KLEIN = FluxFamily(
 LATENTS = {
     latent.name: latent
     for latent in (FLUX1_LATENT, NANO_FLUX1_LATENT, FLUX2_LATENT, NANO_FLUX2_LATENT)
+}
+TOKEN_PX = max(latent.token_px for latent in LATENTS.values())  # sides that every model takes
+REFERENCE_SIZES = {
+    "FLUX.2 one reference": FLUX2_ONE_REFERENCE,
+    "FLUX.2 several references": FLUX2_SEVERAL_REFERENCES,
 }
 AUTOENCODERS = (
     FLUX1_AUTOENCODER,

@@ -9,6 +9,16 @@ Guidance = Literal["embedded", "true cfg", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceSize:
+    """Which pictures a model takes as references; the published code refuses the others."""
+
+    shortest_px: int  # the least a side may have
+    longest_aspect: float  # the most the long side may have, in short sides
+    most_px: int  # the most pixels in all: a larger picture is scaled down
+    multiple: int  # what both sides are cropped to, in pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSpec:
     """The latent as ComfyUI hands it over, and how the transformer reads it."""
 
@@ -22,6 +32,7 @@ class LatentSpec:
     text_axis: int | None = None  # the id axis that counts text tokens; None: text stays at 0
     first_index: float  # where references begin on the first id axis; the target is at 0
     index_step: float  # from one reference to the next, for placement "index"
+    reference: ReferenceSize | None = None  # what is taken as a reference; None: any size
     # Red, green, blue in -1..1 from each scaled channel, then what is added; () = ComfyUI's own.
     preview_rgb: tuple[tuple[float, float, float], ...] = ()
 
@@ -97,6 +108,7 @@ class ClipT5Spec:
 
     clip_tokens: int
     t5_tokens: int
+    title: str = "CLIP-L and T5"
 
     @property
     def tokens(self) -> int:

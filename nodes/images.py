@@ -5,9 +5,10 @@ from comfy_api.latest import io
 from typing_extensions import override
 
 from ..flux_core.checks import check_finite
-from ..flux_core.families import FLUX1_LATENT
-from ..flux_core.image.fit import FitMethod, fit_image, keep_size, preferred_size, undo_fit
+from ..flux_core.families import REFERENCE_SIZES, TOKEN_PX
+from ..flux_core.image.fit import FitMethod, fit_image, fit_reference, keep_size, undo_fit
 from ..flux_core.image.pixels import check_image
+from ..flux_core.image.sizes import floor_size, preferred_size
 from ..flux_core.memory import fit_bytes
 from ..flux_core.tokens.pack import latent_tokens, tokens_latent
 from ..flux_core.types import Image
@@ -33,10 +34,11 @@ class FitImage(io.ComfyNode):
                 io.Image.Input("image", tooltip="Any size; three channels."),
                 io.Combo.Input(
                     "size",
-                    options=["preferred", "keep", "exact"],
+                    options=["preferred", "keep", "exact", *REFERENCE_SIZES],
                     tooltip="preferred: the nearest of Kontext's 17 trained sizes, about 1 "
                     "megapixel. keep: the picture's own size, to the next multiple of 16 px. "
-                    "exact: width and height below.",
+                    "exact: width and height below. FLUX.2 one reference, several references: "
+                    "its own size, scaled down to 4.1 or 1.05 megapixels if it is larger.",
                 ),
                 io.Int.Input(
                     "width",
@@ -58,8 +60,8 @@ class FitImage(io.ComfyNode):
                     "method",
                     options=["crop", "pad", "stretch"],
                     default="stretch",
-                    tooltip="crop cuts what is too much, pad repeats the edge where something is "
-                    "missing, stretch changes the proportions.",
+                    tooltip="crop cuts what is too much, as published for FLUX.2; pad repeats the "
+                    "edge where something is missing; stretch changes the proportions.",
                 ),
             ],
             outputs=[
@@ -67,6 +69,12 @@ class FitImage(io.ComfyNode):
                 FitSocket.Output("fit", tooltip="For Unpack and Decode, to undo the fit."),
                 io.Int.Output("width", tooltip="Of the fitted picture, for Noise."),
                 io.Int.Output("height", tooltip="Of the fitted picture, for Noise."),
+                io.Int.Output(
+                    "match_width",
+                    tooltip="Of the picture as it came, down to a multiple of 16 px: for Noise, "
+                    "to make a picture of that size.",
+                ),
+                io.Int.Output("match_height", tooltip="As match_width."),
             ],
         )
 
@@ -76,23 +84,25 @@ class FitImage(io.ComfyNode):
         cls, image: io.Image.Type, size: str, width: int, height: int, method: FitMethod
     ) -> io.NodeOutput:
         fitted, fit = _fit(image, size, (height, width), method)
-        return io.NodeOutput(fitted, fit, fit.canvas[1], fit.canvas[0])
+        match_height, match_width = floor_size(*fit.original, TOKEN_PX)
+        return io.NodeOutput(fitted, fit, fit.canvas[1], fit.canvas[0], match_width, match_height)
 
 
 def _fit(image: Image, size: str, exact: tuple[int, int], method: FitMethod) -> tuple[Image, Fit]:
     check_image(image)
-    multiple = FLUX1_LATENT.token_px
+    if size in REFERENCE_SIZES:
+        return fit_reference(image, REFERENCE_SIZES[size], method)
     if size == "keep":
-        return keep_size(image, method, multiple)
+        return keep_size(image, method, TOKEN_PX)
     if size == "preferred":
         width, height = preferred_size(image.shape[2], image.shape[1])
-        return fit_image(image, (height, width), method, multiple)
+        return fit_image(image, (height, width), method, TOKEN_PX)
     host.require_room(
         fit_bytes(image.shape[0], *exact),
         f"{image.shape[0]} pictures of {exact[1]}x{exact[0]}",
         "make width and height smaller.",
     )
-    return fit_image(image, exact, method, multiple)
+    return fit_image(image, exact, method, TOKEN_PX)
 
 
 class EncodeAndPack(io.ComfyNode):

@@ -5,7 +5,7 @@ from typing_extensions import override
 
 from ..flux_core.errors import SettingError
 from ..flux_core.specs import Placement
-from ..flux_core.tokens.references import place_references
+from ..flux_core.tokens.references import check_references, place_references
 from ..flux_core.values import Conditioning, Tokens
 from .sockets import ConditioningSocket, TextSocket, TokensSocket
 
@@ -32,15 +32,16 @@ class ReferenceConditioner(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Strength of the text, 0 to 100, read by guidance-distilled models; "
-                    "Kontext 2.5, nano 1. FLUX.1 [schnell] ignores it.",
+                    tooltip="Strength of the text, 0 to 100, read by guidance-distilled models: "
+                    "Kontext 2.5, FLUX.2 [dev] 4, nano 1. FLUX.1 [schnell] and FLUX.2 [klein] "
+                    "ignore it.",
                 ),
                 io.Combo.Input(
                     "placement",
                     options=["offset", "index", "single", "as wired"],
-                    tooltip="Places of the references. single: one, as Kontext was trained. "
-                    "offset: side by side on one canvas; index: one layer each; both are "
-                    "ComfyUI's, no model was trained with them. as wired: what Position Ids set.",
+                    tooltip="Places of the references. index: one layer each, as FLUX.2 was "
+                    "trained. single: one, as Kontext was trained. offset: side by side on one "
+                    "canvas, ComfyUI's way for several on FLUX.1. as wired: what Position Ids set.",
                 ),
                 io.Autogrow.Input(
                     "references",
@@ -75,6 +76,7 @@ class ReferenceConditioner(io.ComfyNode):
                 "references.reference_1 and so on.",
             )
         ordered = [wired[name] for name in _NAMES if wired.get(name) is not None]
+        check_references(ordered)
         placed = place_references(ordered, placement)
         return io.NodeOutput(Conditioning(text=text, references=placed, guidance=guidance))
 

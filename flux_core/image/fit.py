@@ -12,50 +12,13 @@ import torch
 from PIL import Image as PILImage
 
 from ..errors import SettingError, ShapeError
+from ..specs import ReferenceSize
 from ..types import Image
 from ..values import Fit
 from .pixels import check_image
+from .sizes import reference_size
 
 FitMethod = Literal["pad", "crop", "stretch"]
-
-PREFERRED_KONTEXT_SIZES = (
-    (672, 1568),
-    (688, 1504),
-    (720, 1456),
-    (752, 1392),
-    (800, 1328),
-    (832, 1248),
-    (880, 1184),
-    (944, 1104),
-    (1024, 1024),
-    (1104, 944),
-    (1184, 880),
-    (1248, 832),
-    (1328, 800),
-    (1392, 752),
-    (1456, 720),
-    (1504, 688),
-    (1568, 672),
-)
-"""Width and height Kontext was trained at."""
-
-
-def preferred_size(width: int, height: int) -> tuple[int, int]:
-    """Pick the trained Kontext size whose width / height is nearest.
-
-    Args:
-        width, height: of the picture, in pixels.
-
-    Returns:
-        (width, height); of two equally near the narrower one.
-
-    Source: black-forest-labs/flux@802fb47 src/flux/sampling.py prepare_kontext.
-    """
-    aspect = width / height
-    _, best_width, best_height = min(
-        (abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_SIZES
-    )
-    return best_width, best_height
 
 
 def fit_image(
@@ -141,6 +104,49 @@ def keep_size(image: Image, method: FitMethod, multiple: int) -> tuple[Image, Fi
     else:
         raise _unknown(method)
     return _apply(image, fit), fit
+
+
+def fit_reference(image: Image, rule: ReferenceSize, method: FitMethod) -> tuple[Image, Fit]:
+    """Bring a picture to the size a model takes it as a reference in.
+
+    Args:
+        image: (B, H, W, 3) in 0..1.
+        rule: what the model takes.
+        method: "crop" is the published way: a picture with too many pixels is scaled down, then
+            cropped evenly to the multiple. "pad" and "stretch" reach the same size and keep all of
+            the picture.
+
+    Returns:
+        The picture, and how to undo it. For "crop" of a scaled picture `fit.crop` is what is left
+        of the original, to its nearest pixel.
+
+    Raises:
+        ShapeError: not a colour picture, or one the model does not take.
+        SettingError: an unknown method.
+
+    Source: as `reference_size`.
+    """
+    check_image(image)
+    original = (image.shape[1], image.shape[2])
+    scaled, size = reference_size(*original, rule)
+    if method != "crop":
+        return fit_image(image, size, method, rule.multiple)
+    offset = ((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2)
+    (top, rows), (left, columns) = (
+        _seen(*axis) for axis in zip(original, scaled, offset, size, strict=True)
+    )
+    fitted = _resize(image, scaled)[
+        :, offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]
+    ]
+    return fitted, Fit(
+        original=original, crop=(top, left, rows, columns), resized=size, canvas=size
+    )
+
+
+def _seen(original: int, scaled: int, offset: int, size: int) -> tuple[int, int]:
+    """Say which pixels of one axis are left, (first, count), when it is scaled and then cropped."""
+    first = round(offset * original / scaled)
+    return first, round((offset + size) * original / scaled) - first
 
 
 def undo_fit(image: Image, fit: Fit) -> Image:

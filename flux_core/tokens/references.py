@@ -1,15 +1,19 @@
 """Where several references go.
 
-`single` is the published Kontext rule, for the one reference it was trained on. `offset` and
-`index` are ComfyUI's conventions for several; no published model was trained with either.
+`single` is the published Kontext rule, for the one reference it was trained on; `index` is
+FLUX.2's published rule. `offset` on any model and `index` on FLUX.1 are ComfyUI's conventions for
+several; no published model was trained with them.
 """
 
 from collections.abc import Sequence
 
+from ..checks import check_reference
 from ..errors import SettingError
 from ..specs import Placement
 from ..values import Tokens
 from .ids import place
+
+_CANVAS_INDEX = 1.0  # of ComfyUI's canvas, on every model
 
 
 def place_references(references: Sequence[Tokens], placement: Placement) -> tuple[Tokens, ...]:
@@ -18,8 +22,9 @@ def place_references(references: Sequence[Tokens], placement: Placement) -> tupl
     Args:
         references: in the order they were wired.
         placement: "as wired" keeps the ids they came with; "single" puts one reference at the
-            latent's first index; "index" counts the first axis up; "offset" keeps the first
-            index and tiles the references over rows and columns.
+            latent's first index; "index" counts the first axis up from there by the latent's
+            step: 1, 2, 3 on FLUX.1, 10, 20, 30 on FLUX.2; "offset" tiles several references
+            over rows and columns at index 1, and puts one where the model was trained with it.
 
     Returns:
         The same values with new ids, in the same order.
@@ -28,7 +33,8 @@ def place_references(references: Sequence[Tokens], placement: Placement) -> tupl
         SettingError: "single" with more than one reference.
 
     Source: Comfy-Org/ComfyUI@14b05228 comfy/ldm/flux/model.py _forward (offset, index);
-    black-forest-labs/flux@802fb47 src/flux/sampling.py prepare_kontext (single).
+    black-forest-labs/flux@802fb47 src/flux/sampling.py prepare_kontext (single);
+    black-forest-labs/flux2@ab7cca6 src/flux2/sampling.py encode_image_refs (index on FLUX.2).
     """
     if placement == "as wired":
         return tuple(references)
@@ -36,14 +42,34 @@ def place_references(references: Sequence[Tokens], placement: Placement) -> tupl
         raise SettingError(
             f"{len(references)} references are wired with placement 'single'.",
             "one reference, which is what Kontext was trained with.",
-            "set placement to 'offset' or 'index' on 'Reference Conditioner (FLUX)'.",
+            "set placement to 'index', as FLUX.2 was trained, or to 'offset' on "
+            "'Reference Conditioner (FLUX)'.",
         )
-    if placement == "index":
-        return tuple(
-            place(tokens, index=tokens.latent.first_index + tokens.latent.index_step * number)
-            for number, tokens in enumerate(references)
-        )
-    return _tile(references)
+    if placement == "offset" and len(references) > 1:
+        return _tile(references)
+    return tuple(
+        place(tokens, index=tokens.latent.first_index + tokens.latent.index_step * number)
+        for number, tokens in enumerate(references)
+    )
+
+
+def check_references(references: Sequence[Tokens]) -> None:
+    """Refuse references of a size that their model does not take.
+
+    Raises:
+        ShapeError: one is too small or too long.
+    """
+    for number, tokens in enumerate(references, 1):
+        rule, (rows, columns) = tokens.latent.reference, tokens.grid
+        if rule is not None:
+            token_px = tokens.latent.token_px
+            check_reference(
+                rows * token_px,
+                columns * token_px,
+                rule,
+                f"Reference {number}",
+                cropped_px=rule.multiple - 1,
+            )
 
 
 def _tile(references: Sequence[Tokens]) -> tuple[Tokens, ...]:
@@ -54,6 +80,6 @@ def _tile(references: Sequence[Tokens]) -> tuple[Tokens, ...]:
         rows, columns = tokens.grid
         below = rows + height <= columns + width
         row, column = (height, 0) if below else (0, width)
-        placed.append(place(tokens, index=tokens.latent.first_index, row=row, column=column))
+        placed.append(place(tokens, index=_CANVAS_INDEX, row=row, column=column))
         height, width = max(height, rows + row), max(width, columns + column)
     return tuple(placed)

@@ -9,14 +9,8 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from glassbox.flux_core.errors import SettingError, ShapeError
-from glassbox.flux_core.image.fit import (
-    PREFERRED_KONTEXT_SIZES,
-    centre_crop,
-    fit_image,
-    keep_size,
-    preferred_size,
-    undo_fit,
-)
+from glassbox.flux_core.image.fit import centre_crop, fit_image, keep_size, undo_fit
+from glassbox.flux_core.image.sizes import PREFERRED_KONTEXT_SIZES, preferred_size
 
 METHODS = ["pad", "crop", "stretch"]
 
