@@ -94,11 +94,12 @@ def load_nano() -> tuple[ModelHandle, TextEncodersHandle, AutoencoderHandle]:
     """Load the embedded model: its transformer, text encoders and autoencoder."""
     from ..flux_core.nano import paths
 
+    files = paths.FILES[NANO_KONTEXT.name]
     tokenizers = paths.CLIP_TOKENIZER, paths.T5_TOKENIZER
     return (
-        load_model(paths.TRANSFORMER, NANO_KONTEXT.name, "auto"),
-        load_text_encoders([paths.CLIP, paths.T5], "auto", *tokenizers, NANO_KONTEXT.text),
-        load_autoencoder(paths.AUTOENCODER, "auto"),
+        load_model(files.transformer, NANO_KONTEXT.name, "auto"),
+        load_text_encoders(files.text_encoders, "auto", *tokenizers, NANO_KONTEXT.text),
+        load_autoencoder(files.autoencoder, "auto"),
     )
 
 

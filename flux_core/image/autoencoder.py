@@ -198,6 +198,9 @@ class _LatentNorm(nn.Module):
     """Batch norm with the statistics of training, over the channels of the patched latent."""
 
     EPS = 1e-4
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(self, channels: int, device: torch.device | str | None) -> None:
         super().__init__()

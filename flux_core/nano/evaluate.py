@@ -1,4 +1,4 @@
-"""How well the nano model edits: strict success on held-out scenes, as a table.
+"""How well a nano model edits: strict success on held-out scenes, as a table.
 
 Run as `python -m flux_core.nano.evaluate`, in the pack's folder.
 """
@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..families import NANO_KONTEXT
+from ..families import NANO_KLEIN, NANO_KONTEXT
 from ..image.autoencoder import Autoencoder
 from ..image.pixels import to_image, to_pixels
 from ..sampling.denoise import denoise, finish
 from ..sampling.noise import make_noise
 from ..sampling.sigmas import flux_sigmas
-from ..text.encoders import TextEncoders
+from ..specs import FluxFamily
+from ..text.encoders import PromptEncoder
 from ..tokens.pack import latent_tokens, tokens_latent
 from ..tokens.references import place_references
 from ..transformer.flux import Flux
@@ -46,23 +47,30 @@ class NanoModel:
     """The embedded model, loaded."""
 
     network: Flux
-    encoders: TextEncoders
+    encoders: PromptEncoder
     autoencoder: Autoencoder
 
 
-def load_nano(folder: Path = paths.FOLDER) -> NanoModel:
-    """Load the embedded model in float32; `folder` may hold another training's files."""
+def load_nano(family: FluxFamily = NANO_KONTEXT, folder: Path = paths.FOLDER) -> NanoModel:
+    """Load an embedded model in float32.
+
+    Args:
+        family: which.
+        folder: may hold another training's files.
+    """
+    files = paths.FILES[family.name]
 
     def inside(path: Path) -> Path:
         return folder / path.relative_to(paths.FOLDER)
 
-    network, _ = load_flux(inside(paths.TRANSFORMER), dtype=torch.float32)
-    autoencoder, _ = load_autoencoder(inside(paths.AUTOENCODER), dtype=torch.float32)
+    network, _ = load_flux(inside(files.transformer), dtype=torch.float32)
+    autoencoder, _ = load_autoencoder(inside(files.autoencoder), dtype=torch.float32)
     encoders = load_text_encoders(
-        [inside(paths.CLIP), inside(paths.T5)],
+        [inside(path) for path in files.text_encoders],
         clip_tokenizer=paths.CLIP_TOKENIZER,
         t5_tokenizer=paths.T5_TOKENIZER,
-        text=NANO_KONTEXT.text,
+        qwen_tokenizer=paths.QWEN_TOKENIZER,
+        text=family.text,
         dtype=torch.float32,
     )
     return NanoModel(network, encoders, autoencoder)
@@ -70,13 +78,14 @@ def load_nano(folder: Path = paths.FOLDER) -> NanoModel:
 
 @torch.no_grad()
 def run_edits(
-    model: NanoModel, pictures: Tensor | None, prompts: Sequence[str], *, seed: int, steps: int
+    model: NanoModel, pictures: Sequence[Tensor], prompts: Sequence[str], *, seed: int, steps: int
 ) -> Tensor:
     """Edit a batch of pictures, one prompt each.
 
     Args:
         model: the embedded one.
-        pictures: (B, H, W, 3) in 0..1; None makes pictures from text alone.
+        pictures: each (B, H, W, 3) in 0..1: the first references of all edits, then the second
+            ones; none makes pictures from text alone.
         prompts: B instructions.
         seed: of the noise.
         steps: Euler steps.
@@ -87,12 +96,13 @@ def run_edits(
     family = model.network.family
     features = [model.encoders.encode(prompt) for prompt in prompts]
     pooled = [one.pooled for one in features if one.pooled is not None]
-    text = TextFeatures(txt=torch.cat([one.txt for one in features]), pooled=torch.cat(pooled))
-    references = ()
-    if pictures is not None:
-        latent = model.autoencoder.encode(to_pixels(pictures))
-        seen = [latent_tokens(latent, family.latent)]
-        references = place_references(seen, "single")
+    text = TextFeatures(
+        txt=torch.cat([one.txt for one in features]),
+        pooled=torch.cat(pooled) if pooled else None,
+    )
+    latents = [model.autoencoder.encode(to_pixels(one)) for one in pictures]
+    seen = [latent_tokens(latent, family.latent) for latent in latents]
+    references = place_references(seen, family.references.placement)
     noise = make_noise(family.latent, SIDE_PX, SIDE_PX, seed, len(prompts))
     sigmas = flux_sigmas(family.schedule, noise.values.shape[1], steps)
     wanted = Conditioning(text=text, references=references, guidance=family.default_guidance)
@@ -102,10 +112,12 @@ def run_edits(
     return to_image(model.autoencoder.decode(tokens_latent(finish(x, noise))))
 
 
-def draw_edits(action: Action, shapes: int, count: int, seed: int) -> list[Edit]:
+def draw_edits(
+    action: Action, shapes: int, count: int, seed: int, *, sampled: bool = False
+) -> list[Edit]:
     """Draw held-out edits of one kind; what they ask for always differs from what is there."""
     rng = random.Random(f"{action} {shapes} {seed}")
-    edits = [random_edit(action, shapes, rng, held_out=True) for _ in range(count)]
+    edits = [random_edit(action, shapes, rng, held_out=True, sampled=sampled) for _ in range(count)]
     for edit in edits:
         if edit.before is not None and np.abs(draw(edit.after) - draw(edit.before)).max() < 0.1:
             raise ValueError(f"'{edit.text}' changes nothing")
@@ -130,7 +142,12 @@ def success(
     for start in range(0, len(edits), _BATCH):
         part = edits[start : start + _BATCH]
         before = [edit.before for edit in part if edit.before is not None]
-        seen = torch.from_numpy(np.stack([picture(scene) for scene in before])) if before else None
+        samples = [edit.sample for edit in part if edit.sample is not None]
+        seen = [
+            torch.from_numpy(np.stack([picture(scene) for scene in scenes]))
+            for scenes in (before, samples)
+            if scenes
+        ]
         made = run_edits(model, seen, prompts[start : start + _BATCH], seed=start, steps=steps)
         for row, edit in enumerate(part):
             right += judge(made[row].numpy(), edit.after, edit.before).is_success
@@ -150,23 +167,27 @@ def autoencoder_db(model: NanoModel, edits: Sequence[Edit], picture: Draw) -> fl
     return sum(levels) / len(levels)
 
 
-def table(folder: Path, count: int, seed: int, processes: int) -> list[str]:
+def table(family: FluxFamily, folder: Path, count: int, seed: int, processes: int) -> list[str]:
     """Measure everything; give the lines of a Markdown table.
 
     Args:
+        family: which model.
         folder: where the model lies.
         count: scenes of each kind.
         seed: of the scenes and the noise.
         processes: of one thread each.
     """
     lines = [
-        f"| strict success, {count} held-out scenes each, {NANO_KONTEXT.default_steps} steps "
+        f"| strict success, {count} held-out scenes each, {family.default_steps} steps "
         "| 1 shape | 2 shapes | 1, Pillow | 2, Pillow | shuffled, 1 | shuffled, 2 |",
         "|---|---|---|---|---|---|---|",
     ]
     with ProcessPoolExecutor(processes, get_context("spawn"), _one_thread) as pool:
-        jobs = [pool.submit(_row, folder, action, count, seed) for action in EDITS]
-        rest = pool.submit(_rest, folder, count, seed)
+        rows: list[tuple[Action, bool]] = [(action, False) for action in EDITS]
+        if family.references.trained > 1:
+            rows += [(action, True) for action in EDITS if action != "remove"]
+        jobs = [pool.submit(_row, family, folder, *row, count, seed) for row in rows]
+        rest = pool.submit(_rest, family, folder, count, seed)
         for job in jobs:
             lines.append(job.result())
             logger.info(lines[-1])
@@ -177,18 +198,21 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _row(folder: Path, action: Action, count: int, seed: int) -> str:
-    model = load_nano(folder)
-    both = [draw_edits(action, shapes, count, seed) for shapes in (1, 2)]
+def _row(
+    family: FluxFamily, folder: Path, action: Action, sampled: bool, count: int, seed: int
+) -> str:
+    model = load_nano(family, folder)
+    both = [draw_edits(action, shapes, count, seed, sampled=sampled) for shapes in (1, 2)]
     cells = [success(model, edits) for edits in both]
     cells += [success(model, edits, picture=draw_pillow) for edits in both]
     cells += [success(model, edits, shuffled=True) for edits in both]
-    return f"| {action} | " + " | ".join(f"{cell:.0%}" for cell in cells) + " |"
+    name = f"{action}, from image 2" if sampled else action
+    return f"| {name} | " + " | ".join(f"{cell:.0%}" for cell in cells) + " |"
 
 
-def _rest(folder: Path, count: int, seed: int) -> list[str]:
+def _rest(family: FluxFamily, folder: Path, count: int, seed: int) -> list[str]:
     """Measure text-to-image and the autoencoder."""
-    model = load_nano(folder)
+    model = load_nano(family, folder)
     scenes = draw_edits("recolour", 2, count, seed + 1)
     captions = draw_edits("caption", 1, count, seed)
     lines = [f"text-to-image: {success(model, captions):.0%} of {count} captions"]
@@ -200,13 +224,17 @@ def _rest(folder: Path, count: int, seed: int) -> list[str]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    models = {"kontext": NANO_KONTEXT, "klein": NANO_KLEIN}
+    parser.add_argument("--model", choices=list(models), default="kontext")
     parser.add_argument("--count", type=int, default=100, help="scenes of each kind")
     parser.add_argument("--seed", type=int, default=2026, help="of the held-out scenes")
     parser.add_argument("--folder", type=Path, default=paths.FOLDER, help="where the model lies")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    lines = table(options.folder, options.count, options.seed, options.processes)
+    lines = table(
+        models[options.model], options.folder, options.count, options.seed, options.processes
+    )
     sys.stdout.write("\n".join(lines) + "\n")
 
 

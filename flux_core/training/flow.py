@@ -15,9 +15,30 @@ from ..tokens.ids import image_ids, text_ids
 from ..transformer.flux import Flux
 from ..transformer.plan import Plan
 from ..transformer.rope import rope_table
-from ..types import TokenValues
+from ..types import Sigmas, TokenValues
 
 Density = Callable[[int, torch.Generator], Tensor]
+
+
+def mixed(*densities: Density) -> Density:
+    """Draw each sigma from one of several densities, by lot."""
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        drawn = torch.stack([density(count, generator) for density in densities])
+        chosen = torch.randint(len(densities), (count,), generator=generator)
+        return drawn[chosen, torch.arange(count)]
+
+    return draw
+
+
+def one_of(sigmas: Sigmas) -> Density:
+    """Draw the sigmas that a run of few steps meets, by lot; a last 0 is not among them."""
+    steps = sigmas[sigmas > 0.0]
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        return steps[torch.randint(len(steps), (count,), generator=generator)]
+
+    return draw
 
 
 def logit_normal(mean: float, spread: float) -> Density:
@@ -34,9 +55,9 @@ class FlowBatch:
     """Clean tokens in the transformer's scale, and what they are conditioned on."""
 
     target: TokenValues  # (B, N, D)
-    reference: TokenValues | None  # (B, R, D)
+    references: tuple[TokenValues, ...]  # each (B, N, D), on the target's grid
     txt: Tensor  # (B, T, E)
-    pooled: Tensor  # (B, P)
+    pooled: Tensor | None  # (B, P)
     weight: Tensor  # (B, N), weight of each target token
 
 
@@ -75,10 +96,12 @@ def predictor(
     latent: LatentSpec,
     guidance: float,
 ) -> Callable[[TokenValues, Tensor], TokenValues]:
-    """Make the network's velocity a function of x and sigma; target and reference share a grid."""
+    """Make the network's velocity a function of x and sigma; all pictures share a grid."""
     places = [text_ids(batch.txt.shape[1], latent), image_ids(grid, latent)]
-    if batch.reference is not None:
-        places.append(image_ids(grid, latent, index=latent.first_index))
+    for number in range(len(batch.references)):
+        index = latent.first_index + number * latent.index_step
+        places.append(image_ids(grid, latent, index=index))
+    seen = torch.cat(batch.references, dim=1) if batch.references else None
     rope = rope_table(torch.cat(places), network.spec.axes_dim, network.spec.theta)
 
     def predict(x: TokenValues, sigma: Tensor) -> TokenValues:
@@ -87,7 +110,7 @@ def predictor(
         plan = Plan(
             blocks=blocks,
             txt=blocks.txt_in(batch.txt),
-            references=None if batch.reference is None else blocks.img_in(batch.reference),
+            references=None if seen is None else blocks.img_in(seen),
             rope=rope,
             modulations=[network.modulation(sigma, batch.pooled, strength, batch.txt.dtype)],
         )

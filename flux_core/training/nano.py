@@ -1,4 +1,4 @@
-"""Trains the nano Kontext from a seed: `python -m flux_core.training.nano`, in the pack's folder.
+"""Trains a nano model from a seed: `python -m flux_core.training.nano`, in the pack's folder.
 
 Three parts, each for a time: the autoencoder, the flow (transformer and text encoders), and the
 decoder once more, with the latent fixed. Then the files are written.
@@ -12,42 +12,43 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
-from ..families import NANO_AUTOENCODER
 from ..image.autoencoder import Autoencoder
 from ..nano import paths
 from ..nano.vocabulary import write_tokenizers
 from .autoencoder import polish_decoder, train_autoencoder
 from .nano_export import export_autoencoder, export_flow
 from .nano_flow import FlowSettings, train_flow
+from .nano_variants import VARIANTS
 from .ranks import Rank, run_ranks
 
 _MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_ARENA_MAX": "1"}
 
 
-def _load_autoencoder(path: Path) -> Autoencoder:
-    model = Autoencoder(NANO_AUTOENCODER)
+def _load_autoencoder(variant: str, path: Path) -> Autoencoder:
+    model = Autoencoder(VARIANTS[variant].autoencoder)
     model.load_state_dict(load_file(str(path)))
     return model.eval().requires_grad_(False)
 
 
-def _first(rank: Rank, out: Path, seed: int, budget_s: float) -> None:
+def _first(rank: Rank, variant: str, out: Path, seed: int, budget_s: float) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train_autoencoder(rank, NANO_AUTOENCODER, out, seed=seed, budget_s=budget_s)
+    train_autoencoder(rank, VARIANTS[variant].autoencoder, out, seed=seed, budget_s=budget_s)
 
 
 def _second(rank: Rank, source: Path, out: Path, settings: FlowSettings, resume: bool) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train_flow(rank, _load_autoencoder(source), out, settings, resume)
+    train_flow(rank, _load_autoencoder(settings.variant, source), out, settings, resume)
 
 
-def _third(rank: Rank, source: Path, out: Path, seed: int, budget_s: float) -> None:
+def _third(rank: Rank, variant: str, source: Path, out: Path, seed: int, budget_s: float) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    polish_decoder(rank, _load_autoencoder(source), out, seed=seed, budget_s=budget_s)
+    polish_decoder(rank, _load_autoencoder(variant, source), out, seed=seed, budget_s=budget_s)
 
 
 def main() -> None:
     """Train and write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=list(VARIANTS), default="kontext")
     parser.add_argument("--out", type=Path, default=paths.FOLDER, help="folder for the files")
     parser.add_argument("--work", type=Path, default=Path(".cache/nano"), help="checkpoints")
     parser.add_argument("--seed", type=int, default=11)
@@ -60,16 +61,20 @@ def main() -> None:
     os.environ.update(_MALLOC)  # big blocks are kept: asking for them anew costs half the time
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
-    first, flow, last = (work / name for name in ("ae.safetensors", "flow.pt", "ae2.safetensors"))
+    name = options.model
+    first, last = (work / f"{name}_{part}.safetensors" for part in ("ae", "ae2"))
+    flow = work / f"{name}_flow.pt"
     count, seed, resume = options.processes, options.seed, options.resume
     write_tokenizers()
     if not (resume and first.is_file()):
-        run_ranks(count, _first, first, seed, 60.0 * options.autoencoder_minutes)
-    settings = FlowSettings(seed=seed, budget_s=60.0 * options.flow_minutes, pairs=64 // count)
+        run_ranks(count, _first, name, first, seed, 60.0 * options.autoencoder_minutes)
+    settings = FlowSettings(
+        variant=name, seed=seed, budget_s=60.0 * options.flow_minutes, pairs=64 // count
+    )
     run_ranks(count, _second, first, flow, settings, resume and flow.is_file())
-    run_ranks(count, _third, first, last, seed, 60.0 * options.decoder_minutes)
-    export_flow(flow, options.out)
-    export_autoencoder(_load_autoencoder(last), options.out)
+    run_ranks(count, _third, name, first, last, seed, 60.0 * options.decoder_minutes)
+    export_flow(VARIANTS[name], flow, options.out)
+    export_autoencoder(VARIANTS[name], _load_autoencoder(name, last), options.out)
 
 
 if __name__ == "__main__":

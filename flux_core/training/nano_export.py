@@ -6,17 +6,17 @@ import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from ..families import NANO_KONTEXT
 from ..image.autoencoder import Autoencoder
 from ..nano import paths
 from ..weights.detect import FAMILY_KEY
 from ..weights.load import save_bfl
-from .nano_model import NanoText, fresh_transformer
+from .nano_model import fresh_transformer
+from .nano_variants import NanoVariant
 
-METADATA = {FAMILY_KEY: NANO_KONTEXT.name, "format": "pt"}
 
-
-def export_flow(checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+def export_flow(
+    variant: NanoVariant, checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Write transformer and text encoders of a checkpoint, with their averaged weights.
 
     Args:
@@ -25,7 +25,7 @@ def export_flow(checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.bf
         dtype: of the transformer's matrices; all else stays float32.
     """
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    network, text = fresh_transformer(), NanoText()
+    network, text = fresh_transformer(variant.family), variant.text()
     averages: list[Tensor] = state["averages"]
     weights = [*network.parameters(), *text.parameters()]
     with torch.no_grad():
@@ -33,24 +33,30 @@ def export_flow(checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.bf
             weight.copy_(average)
     network.to(dtype)
     (folder / paths.DIFFUSION_MODELS.name).mkdir(parents=True, exist_ok=True)
-    save_bfl(network, _inside(folder, paths.TRANSFORMER), METADATA)
-    _save_text(text.clip, _inside(folder, paths.CLIP), "text_model.")
-    _save_text(text.t5, _inside(folder, paths.T5), "encoder.")
+    save_bfl(network, _inside(folder, variant.files.transformer), _metadata(variant))
+    for (name, prefix), file in zip(variant.text_parts, variant.files.text_encoders, strict=True):
+        _save_text(getattr(text, name), _inside(folder, file), prefix, _metadata(variant))
 
 
 def export_autoencoder(
-    model: Autoencoder, folder: Path, *, dtype: torch.dtype = torch.float16
+    variant: NanoVariant, model: Autoencoder, folder: Path, *, dtype: torch.dtype = torch.float16
 ) -> None:
     """Write the autoencoder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_bfl(model.to(dtype), _inside(folder, paths.AUTOENCODER), METADATA)
+    for part in (model.encoder, model.decoder):  # the latent's statistics stay float32
+        part.to(dtype)
+    save_bfl(model, _inside(folder, variant.files.autoencoder), _metadata(variant))
+
+
+def _metadata(variant: NanoVariant) -> dict[str, str]:
+    return {FAMILY_KEY: variant.family.name, "format": "pt"}
 
 
 def _inside(folder: Path, path: Path) -> Path:
     return folder / path.relative_to(paths.FOLDER)
 
 
-def _save_text(module: nn.Module, path: Path, prefix: str) -> None:
+def _save_text(module: nn.Module, path: Path, prefix: str, metadata: dict[str, str]) -> None:
     """Write a text encoder with the names of its published single file."""
     state = {
         prefix + name.removeprefix(prefix): value.detach().clone().contiguous()
@@ -59,4 +65,4 @@ def _save_text(module: nn.Module, path: Path, prefix: str) -> None:
     }
     if prefix == "encoder.":
         state["shared.weight"] = state.pop("encoder.embed_tokens.weight")
-    save_file(state, str(path), METADATA)
+    save_file(state, str(path), metadata)

@@ -1,4 +1,4 @@
-"""Flow training of the nano Kontext: transformer and text encoders together."""
+"""Flow training of a nano model: transformer and text encoders together."""
 
 import logging
 import random
@@ -8,12 +8,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..families import NANO_KONTEXT
 from ..image.autoencoder import Autoencoder
 from ..nano.world import COLOURS, KINDS, SIDE_PX
-from .flow import FlowBatch, flow_loss, logit_normal, predictor
-from .nano_model import ACTIONS, Lesson, NanoText, TeachingHeads, fresh_transformer
-from .nano_pool import TOKEN_PX, Pair, ScenePool, changed_tokens, draw_pairs, spoken
+from .flow import FlowBatch, flow_loss, predictor
+from .nano_model import ACTIONS, Lesson, TeachingHeads, fresh_transformer
+from .nano_pool import (
+    TOKEN_PX,
+    Pair,
+    Picture,
+    ScenePool,
+    changed_tokens,
+    draw_pairs,
+    draw_sampled_pairs,
+    spoken,
+)
+from .nano_text import Said
+from .nano_variants import VARIANTS
 from .optim import Clock, MatrixMuon, MovingAverage, learning_rate, set_rates
 from .ranks import Rank, average_gradients, gather_updates, share_from_lead
 
@@ -27,6 +37,7 @@ _NONE = -100
 class FlowSettings:
     """How the flow is trained."""
 
+    variant: str
     seed: int
     budget_s: float
     pairs: int = 32  # a step, in each process
@@ -36,7 +47,9 @@ class FlowSettings:
     first_clusters: int = 250
     capacity: int = 6000
     captions: int = 1500
-    caption_every: int = 6  # steps
+    caption_every: int = 10  # steps
+    samples: int = 1200  # second pictures
+    sampled_every: int = 3  # steps, of a model that takes a second picture
     teach_until: float = 0.85  # of the run
     keep_every_s: float = 180.0
     compiled: bool = False
@@ -48,8 +61,9 @@ class NanoTrainer:
     def __init__(self, rank: Rank, autoencoder: Autoencoder, settings: FlowSettings) -> None:
         torch.manual_seed(settings.seed)
         self.rank, self.settings = rank, settings
-        self.network, self.text = fresh_transformer(), NanoText()
-        self.heads = TeachingHeads(self.network, SIDE_PX // TOKEN_PX)
+        self.variant = VARIANTS[settings.variant]
+        self.network, self.text = fresh_transformer(self.variant.family), self.variant.text()
+        self.heads = TeachingHeads(self.network, SIDE_PX // TOKEN_PX, self.text.summary_width)
         self.modules: list[nn.Module] = [self.network, self.text, self.heads]
         self.weights = [weight for module in self.modules for weight in module.parameters()]
         self.muon, self.adam = self._optimizers()
@@ -57,7 +71,7 @@ class NanoTrainer:
         own = settings.seed * 1000 + rank.index
         self.rng, self.generator = random.Random(own), torch.Generator().manual_seed(own)
         self.pool = ScenePool(autoencoder, seed=own + 500, capacity=settings.capacity)
-        self.density = logit_normal(1.2, 1.3)
+        self.density = self.variant.density()
         self.step, self.progress = 0, 0.0
         if settings.compiled:
             for block in (*self.network.blocks.double_blocks, *self.network.blocks.single_blocks):
@@ -78,16 +92,11 @@ class NanoTrainer:
         return muon, adam
 
     def run_step(self, progress: float) -> dict[str, float]:
-        """Train on one batch; every tenth is captions alone."""
+        """Train on one batch: captions, edits with a second picture, or edits without."""
         self.progress = progress
         if self.step % GROW_EVERY == 0:
             self.pool.grow()
-        captions = self.step % self.settings.caption_every == 0
-        pairs = (
-            self.rng.choices(self.pool.captions, k=self.settings.pairs)
-            if captions
-            else draw_pairs(self.pool, self.settings.pairs, self.rng)
-        )
+        pairs = self._draw()
         for module in self.modules:
             module.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -106,27 +115,43 @@ class NanoTrainer:
         self.step += 1
         return told
 
+    def _draw(self) -> list[Pair]:
+        count, settings = self.settings.pairs, self.settings
+        if self.step % settings.caption_every == 0:
+            return self.rng.choices(self.pool.captions, k=count)
+        if self.variant.two_pictures and self.step % settings.sampled_every == 1:
+            return draw_sampled_pairs(self.pool, count, self.rng)
+        return draw_pairs(self.pool, count, self.rng)
+
     def _loss(self, pairs: list[Pair]) -> tuple[Tensor, dict[str, float]]:
         prompts = [spoken(pair, self.rng) for pair in pairs]
-        txt, pooled = self.text(prompts)
+        said: Said = self.text(prompts)
         target = torch.stack([pair.after.tokens for pair in pairs])
         before = [pair.before for pair in pairs if pair.before is not None]
-        reference = torch.stack([picture.tokens for picture in before]) if before else None
+        samples = [pair.sample for pair in pairs if pair.sample is not None]
+        seen = [pictures for pictures in (before, samples) if pictures]
         weight = torch.ones(target.shape[:2])
         changed = torch.zeros(target.shape[:2], dtype=torch.bool)
-        if reference is not None:
+        if before:
             changed = torch.stack(
                 [changed_tokens(a, p.after) for a, p in zip(before, pairs, strict=True)]
             )
             weight += CHANGED_WEIGHT * changed
         side = SIDE_PX // TOKEN_PX
-        batch = FlowBatch(target=target, reference=reference, txt=txt, pooled=pooled, weight=weight)
+        batch = FlowBatch(
+            target=target,
+            references=tuple(torch.stack([one.tokens for one in pictures]) for pictures in seen),
+            txt=said.txt,
+            pooled=said.pooled,
+            weight=weight,
+        )
+        family = self.variant.family
         predict = predictor(
             self.network,
             batch,
             grid=(side, side),
-            latent=NANO_KONTEXT.latent,
-            guidance=NANO_KONTEXT.default_guidance,
+            latent=family.latent,
+            guidance=family.default_guidance,
         )
         loss = flow_loss(predict, batch, self.density, self.generator)
         after = [pair.after for pair in pairs]
@@ -134,16 +159,24 @@ class NanoTrainer:
             goal_kinds=torch.stack([picture.kinds for picture in after]),
             goal_colours=torch.stack([picture.colours for picture in after]),
             wishes=torch.tensor([_wish(p, text) for p, text in zip(pairs, prompts, strict=True)]),
-            kinds=torch.stack([picture.kinds for picture in before]) if before else None,
-            colours=torch.stack([picture.colours for picture in before]) if before else None,
+            kinds=_labels(seen, "kinds"),
+            colours=_labels(seen, "colours"),
             changed=changed if before else None,
         )
-        taught, parts = self.heads.loss(lesson, pooled)
+        taught, parts = self.heads.loss(lesson, said.summary)
         strength = 0.3 * max(0.0, 1.0 - self.progress / self.settings.teach_until) + 0.02
         told = {"flow": float(loss.detach())} | parts
-        if not before:
-            told = {f"caption {name}": told[name] for name in ("flow", "goal", "paint")}
+        if len(seen) != 1:
+            kind = "sampled" if seen else "caption"
+            told = {f"{kind} {name}": told[name] for name in ("flow", "goal", "paint")}
         return loss + strength * taught, told
+
+
+def _labels(seen: list[list[Picture]], name: str) -> Tensor | None:
+    """Give what the references' tokens show, (B, R)."""
+    if not seen:
+        return None
+    return torch.cat([torch.stack([getattr(one, name) for one in part]) for part in seen], dim=1)
 
 
 def _wish(pair: Pair, text: str) -> list[int]:
@@ -155,7 +188,7 @@ def _wish(pair: Pair, text: str) -> list[int]:
     return [
         ACTIONS.index(pair.action),
         named[0] if len(named) == 1 else _NONE,
-        _NONE if pair.action == "remove" else list(COLOURS).index(edit_colour),
+        _NONE if pair.action == "remove" or pair.is_sampled else list(COLOURS).index(edit_colour),
     ]
 
 
@@ -176,6 +209,8 @@ def train_flow(
     for _ in range(settings.first_clusters):
         trainer.pool.grow()
     trainer.pool.grow_captions(settings.captions)
+    if trainer.variant.two_pictures:
+        trainer.pool.grow_samples(settings.samples)
     clock, kept, progress = Clock(settings.budget_s, spent), spent, 0.0
     sums: dict[str, list[float]] = {}
     while progress < 1.0:

@@ -1,4 +1,4 @@
-"""Pairs of encoded scenes for training the nano Kontext, in a pool that grows while it trains.
+"""Pairs of encoded scenes for training a nano model, in a pool that grows while it trains.
 
 Scenes come in clusters: one scene, and the same with one thing changed. Any two pictures of a
 cluster that differ in one thing are a pair in both directions, so nine encodings give some thirty
@@ -7,7 +7,7 @@ edits, and the same picture comes with instructions that name now one shape, now
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from ..nano.world import (
     recolour,
     remove,
     repaint,
+    sample_scene,
     with_colour,
     without,
 )
@@ -43,6 +44,7 @@ from .autoencoder import SHARPNESS
 
 TOKEN_PX = 16
 _NO_LABEL = -100
+_ENCODED_AT_ONCE = 64
 _CHANGED = 0.02  # of a cell's mean colour
 Say = Callable[[random.Random], Edit]
 
@@ -67,6 +69,8 @@ class Pair:
     action: Action
     say: Say
     index: int  # the shape that is meant, in the fuller scene; -1: the background
+    sample: Picture | None = None  # a second picture
+    is_sampled: bool = False  # it shows what is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ class ScenePool:
         self._rng = random.Random(seed)
         self.clusters: list[Cluster] = []
         self.captions: list[Pair] = []
+        self.samples: list[Picture] = []
         self._place = 0
 
     def grow(self) -> None:
@@ -112,6 +117,27 @@ class ScenePool:
             scene = picture.scene
             say: Say = lambda rng, scene=scene: describe(scene, rng)  # noqa: E731
             self.captions.append(Pair(None, picture, "caption", say, -1))
+
+    def grow_samples(self, count: int) -> None:
+        """Add second pictures, of one shape each."""
+        scenes = [sample_scene(self._rng) for _ in range(count)]
+        kept = [scene for scene in scenes if not scene.is_held_out]
+        for start in range(0, len(kept), _ENCODED_AT_ONCE):
+            part = kept[start : start + _ENCODED_AT_ONCE]
+            self.samples += self._encode(part, [None] * len(part))
+
+    def sample(self, rng: random.Random, **wanted: str) -> Picture | None:
+        """Pick a second picture by its shape's kind and colour or its background, if one fits."""
+        for picture in rng.sample(self.samples, min(len(self.samples), 400)):
+            shape = picture.scene.shapes[0]
+            shown = {
+                "kind": shape.kind,
+                "colour": shape.colour,
+                "background": picture.scene.background,
+            }
+            if all(shown[name] == value for name, value in wanted.items()):
+                return picture
+        return None
 
     def _cluster(self, shapes: int) -> Cluster:
         rng = self._rng
@@ -265,3 +291,45 @@ def draw_pairs(pool: ScenePool, count: int, rng: random.Random) -> list[Pair]:
             if rivals:
                 drawn.append(rng.choice(rivals))
     return drawn[:count]
+
+
+_SAMPLED: dict[Action, int] = {"recolour": 40, "add": 40, "background": 20}
+_IDLE_SAMPLES = 0.2  # pairs whose second picture has nothing to do with what is asked
+
+
+def draw_sampled_pairs(pool: ScenePool, count: int, rng: random.Random) -> list[Pair]:
+    """Draw edits with a second picture, which mostly shows what is asked for."""
+    drawn: list[Pair] = []
+    while len(drawn) < count:
+        if rng.random() < _IDLE_SAMPLES:
+            (pair,) = draw_pairs(pool, 1, rng)
+            drawn.append(replace(pair, sample=rng.choice(pool.samples)))
+            continue
+        action = rng.choices(list(_SAMPLED), list(_SAMPLED.values()))[0]
+        pairs = rng.choice(pool.clusters).pairs[action]
+        sampled = _sampled(rng.choice(pairs), pool, rng) if pairs else None
+        if sampled is not None:
+            drawn.append(sampled)
+    return drawn
+
+
+def _sampled(pair: Pair, pool: ScenePool, rng: random.Random) -> Pair | None:
+    """Ask for the same edit by showing it, if a second picture that does is at hand."""
+    after, index = pair.after.scene, pair.index
+    if pair.action == "background":
+        wanted = {"background": after.background}
+    else:
+        shape = after.shapes[index]
+        wanted = {"colour": shape.colour}
+        if pair.action == "add":
+            wanted["kind"] = shape.kind
+    sample = pool.sample(rng, **wanted)
+    if sample is None or pair.before is None:
+        return None
+    before, scene = pair.before.scene, sample.scene
+    says: dict[str, Say] = {
+        "background": lambda rng: repaint(before, after.background, rng, scene),
+        "recolour": lambda rng: recolour(before, index, after.shapes[index].colour, rng, scene),
+        "add": lambda rng: add(after, index, rng, scene),
+    }
+    return replace(pair, say=says[pair.action], sample=sample, is_sampled=True)

@@ -16,7 +16,8 @@ from glassbox.flux_core.nano.world import EDITS
 from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.weights.files import open_checkpoint
 
-FILES = (paths.TRANSFORMER, paths.AUTOENCODER, paths.CLIP, paths.T5)
+KONTEXT = paths.NANO_KONTEXT_FILES
+FILES = (KONTEXT.transformer, KONTEXT.autoencoder, *KONTEXT.text_encoders)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_files_name_their_family(path: object) -> None:
 def test_the_transformer_holds_flux_and_nothing_of_its_training() -> None:
     twin = build_flux(NANO_KONTEXT, device="meta")
     needed = {*twin.modulation.state_dict(), *twin.blocks.state_dict()}
-    assert set(open_checkpoint(paths.TRANSFORMER).shapes) == needed
+    assert set(open_checkpoint(KONTEXT.transformer).shapes) == needed
 
 
 def test_the_specs_are_those_of_the_families(model: NanoModel) -> None:

@@ -24,7 +24,7 @@ def _batch(target: torch.Tensor, **changes: torch.Tensor) -> FlowBatch:
     shape = NANO_KONTEXT.transformer
     parts = {
         "target": target,
-        "reference": torch.randn(count, length, shape.in_channels),
+        "references": (torch.randn(count, length, shape.in_channels),),
         "txt": torch.randn(count, 5, shape.context_width),
         "pooled": torch.randn(count, shape.pooled_width),
         "weight": torch.ones(count, length),
@@ -69,17 +69,16 @@ def test_the_density_favours_noise_as_asked() -> None:
 def test_the_trained_velocity_is_the_one_that_is_sampled() -> None:
     """The loss runs the plan itself; the published signature computes the same."""
     torch.manual_seed(0)
-    network = fresh_transformer()
+    network = fresh_transformer(NANO_KONTEXT)
     for weight in network.parameters():
         nn.init.normal_(weight, std=0.05)
     batch = _batch(torch.randn(2, 4, 64))
     predict = predictor(network, batch, grid=(2, 2), latent=NANO_KONTEXT.latent, guidance=1.0)
     x, sigma = torch.randn(2, 4, 64), torch.tensor([0.9, 0.3])
-    assert batch.reference is not None
     ids = torch.tensor([[0.0, row, column] for row in (0, 1) for column in (0, 1)])
     places = torch.cat((ids, ids + torch.tensor([1.0, 0.0, 0.0])))
     whole = network(
-        torch.cat((x, batch.reference), dim=1),
+        torch.cat((x, *batch.references), dim=1),
         places,
         batch.txt,
         torch.zeros(5, 3),
@@ -93,7 +92,7 @@ def test_the_trained_velocity_is_the_one_that_is_sampled() -> None:
 def test_training_on_one_edit_learns_it() -> None:
     torch.manual_seed(0)
     small = replace(NANO_KONTEXT.transformer, hidden=128, double_blocks=1, single_blocks=1)
-    network, generator = fresh_transformer(small), torch.Generator().manual_seed(0)
+    network, generator = fresh_transformer(NANO_KONTEXT, small), torch.Generator().manual_seed(0)
     batch = _batch(torch.randn(2, 4, 64))
     predict = predictor(network, batch, grid=(2, 2), latent=NANO_KONTEXT.latent, guidance=1.0)
     matrices = [weight for weight in network.blocks.double_blocks.parameters() if weight.ndim == 2]
