@@ -177,7 +177,45 @@ FLUX2_LATENT = LatentSpec(
     index_step=10.0,
     reference=FLUX2_ONE_REFERENCE,
 )
-NANO_FLUX2_LATENT = replace(FLUX2_LATENT, name="FLUX.2 nano")
+NANO_FLUX2_LATENT = replace(
+    FLUX2_LATENT,
+    name="FLUX.2 nano",
+    preview_rgb=(  # least squares over drawn scenes, for each channel of the unpatched latent
+        (-0.32, -0.06, 0.35),
+        (0.26, 0.03, -0.04),
+        (-0.48, -0.39, -0.40),
+        (-0.10, 0.21, 0.56),
+        (1.05, 0.23, -0.31),
+        (-0.08, 0.19, 0.77),
+        (0.34, -0.07, -0.24),
+        (-0.26, 0.03, 0.18),
+        (-0.53, -0.17, 0.38),
+        (0.08, 0.11, 0.26),
+        (-0.02, 0.18, 0.40),
+        (0.09, 0.06, -0.02),
+        (-0.93, -0.52, 0.28),
+        (-0.85, 0.10, 0.61),
+        (-0.19, -0.21, -0.64),
+        (-0.10, -0.23, -0.48),
+        (-0.44, -0.24, 0.37),
+        (0.17, -0.02, -0.46),
+        (-0.26, 0.34, -0.32),
+        (0.07, 0.08, -0.22),
+        (-0.49, -0.34, -0.30),
+        (0.11, -0.05, -0.30),
+        (-0.56, 0.20, 0.80),
+        (0.08, 0.23, -0.55),
+        (-0.09, 0.14, 0.73),
+        (0.47, 0.19, -0.64),
+        (0.29, -0.53, -0.65),
+        (-0.14, 0.11, 0.32),
+        (0.09, 0.21, 0.25),
+        (-0.40, -0.59, 0.27),
+        (-0.32, -0.50, -0.16),
+        (0.00, -0.11, -0.20),
+        (0.15, -0.11, -0.23),
+    ),
+)
 FLUX2_AUTOENCODER = AutoencoderSpec(
     channels=128,
     channel_mult=(1, 2, 4, 4),
@@ -277,7 +315,7 @@ FLUX2_KLEIN_9B_KV = replace(
     references=replace(
         _KLEIN_REFERENCES, sequence=("text", "reference", "target"), see_only_themselves=True
     ),
-    file_hints=("klein-9b-kv",),
+    file_hints=("klein-9b-kv", "klein-kv"),
 )
 FLUX2_KLEIN_BASE_9B = replace(
     FLUX2_KLEIN_9B,
@@ -287,7 +325,7 @@ FLUX2_KLEIN_BASE_9B = replace(
     default_steps=50,
     default_guidance=4.0,
     is_step_distilled=False,
-    file_hints=("klein-base-9b",),
+    file_hints=("klein-base-9b", "klein-9b-base", "klein-base"),
 )
 FLUX2_KLEIN_4B = replace(
     FLUX2_KLEIN_9B,
@@ -303,7 +341,7 @@ FLUX2_KLEIN_BASE_4B = replace(
     title="FLUX.2 [klein] base 4B",
     transformer=_KLEIN_4B_TRANSFORMER,
     text=QWEN3_4B,
-    file_hints=("klein-base-4b", "klein-base"),
+    file_hints=("klein-base-4b", "klein-4b-base", "klein-base"),
 )
 NANO_QWEN3 = replace(
     QWEN3_4B,
@@ -349,7 +387,8 @@ AUTOENCODERS = (
     NANO_FLUX2_AUTOENCODER,
 )
 
-# In the order their file hints are tried: "flux1-dev-kontext" is Kontext.
+# In the order their file hints are tried: "flux1-dev-kontext" is Kontext. Of several that a file
+# without a hint can be, the last is taken: the plainest.
 FAMILIES = {
     family.name: family
     for family in (
@@ -360,8 +399,8 @@ FAMILIES = {
         FLUX1_DEV,
         NANO_KLEIN,
         FLUX2_DEV,
-        FLUX2_KLEIN_BASE_9B,
         FLUX2_KLEIN_BASE_4B,
+        FLUX2_KLEIN_BASE_9B,
         FLUX2_KLEIN_9B_KV,
         FLUX2_KLEIN_9B,
         FLUX2_KLEIN_4B,
