@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..checks import check_finite, check_latent
 from ..errors import NonFiniteError, SettingError, ShapeError
+from ..specs import FluxFamily
+from ..tokens.references import place_references
 from ..types import Sigmas, TokenValues
 from ..values import Conditioning, Tokens
 from .guidance import Network, TrueCFG, guider
@@ -114,28 +116,69 @@ def sampling_notes(
         for number, tokens in enumerate(conditioning.references, 1)
         if tokens.is_noise
     ]
-    guidance = conditioning.guidance
-    if not network.spec.has_guidance and guidance is not None:
-        notes.append(f"guidance {guidance:g} is ignored: {family.title} has no guidance input.")
-    if network.spec.has_guidance and guidance is None:
-        notes.append(f"guidance is {family.default_guidance:g}, the default of {family.title}.")
-    count, trained = len(conditioning.references), family.references.trained
-    if count > trained:
-        notes.append(f"{count} references; the model was trained with {trained or 'none'}.")
+    notes += _guidance_notes(network, conditioning.guidance, steps, cfg)
+    if family.is_step_distilled and steps != family.default_steps:
+        notes.append(
+            f"{steps} steps; {family.title} was distilled to {family.default_steps}: set steps on "
+            "'Schedule (FLUX)'."
+        )
+    notes += _reference_notes(family, conditioning.references)
     length = conditioning.text.txt.shape[1]
     if length > family.text.tokens:
         notes.append(
             f"the text is {length} tokens long; {family.title} was trained with "
             f"{family.text.tokens}: set t5_tokens on 'Encode Text (FLUX)'."
         )
-    if cfg is not None:
-        twice = len(cfg.window(steps))
-        if twice == 0:
-            why = "cfg is 1 or less" if cfg.scale <= 1.0 else "the window holds no step"
-            notes.append(f"the negative conditioning is not used: {why}.")
-        elif network.spec.has_guidance:
-            notes.append(f"{twice} of {steps} steps run twice; this model needs no negative.")
     return tuple(notes)
+
+
+def _guidance_notes(
+    network: Network, guidance: float | None, steps: int, cfg: TrueCFG | None
+) -> list[str]:
+    """Say what becomes of guidance and CFG on this kind of model."""
+    family, notes = network.family, list[str]()
+    wants_cfg = family.guidance == "true cfg"
+    if network.spec.has_guidance:
+        if guidance is None:
+            notes.append(f"guidance is {family.default_guidance:g}, the default of {family.title}.")
+    elif guidance not in (None, family.default_guidance):
+        instead = " Its strength is cfg on 'Sample True CFG (FLUX)'." if wants_cfg else ""
+        notes.append(
+            f"guidance {guidance:g} is ignored: {family.title} has no guidance input.{instead}"
+        )
+    if cfg is None:
+        if wants_cfg:
+            notes.append(
+                f"without CFG {family.title} follows the text weakly: it was made for 'Sample "
+                f"True CFG (FLUX)', cfg {family.default_guidance:g}, with an empty negative prompt."
+            )
+        return notes
+    twice = len(cfg.window(steps))
+    if twice == 0:
+        why = "cfg is 1 or less" if cfg.scale <= 1.0 else "the window holds no step"
+        notes.append(f"the negative conditioning is not used: {why}.")
+    elif not wants_cfg:
+        notes.append(f"{twice} of {steps} steps run twice; this model needs no negative.")
+    return notes
+
+
+def _reference_notes(family: FluxFamily, references: tuple[Tokens, ...]) -> list[str]:
+    """Say where references are more, or lie elsewhere, than the model was trained with."""
+    rule, notes = family.references, list[str]()
+    if len(references) > rule.trained:
+        trained = rule.trained or "none"
+        notes.append(f"{len(references)} references; the model was trained with {trained}.")
+    if rule.placement == "index":
+        for number, (one, trained) in enumerate(
+            zip(references, place_references(references, "index"), strict=True), 1
+        ):
+            if not torch.equal(one.ids.cpu(), trained.ids.cpu()):
+                notes.append(
+                    f"reference {number} lies elsewhere than {family.title} was trained with: set "
+                    "placement to 'index' on 'Reference Conditioner (FLUX)'."
+                )
+                break
+    return notes
 
 
 def _begin(noise: Tokens, sigma: float, start: Tokens | None) -> TokenValues:

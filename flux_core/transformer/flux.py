@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FamilyMismatchError, ShapeError
+from ..families import FAMILIES
 from ..operations import Operations
 from ..specs import FluxFamily, TransformerSpec
 from ..tokens.ids import text_ids
@@ -213,13 +214,9 @@ class Flux(nn.Module):
 
     def _check(self, conditioning: Conditioning, target: Tokens) -> None:
         text, spec = conditioning.text, self.spec
-        pooled_width = 0 if text.pooled is None else text.pooled.shape[-1]
-        if (text.txt.shape[-1], pooled_width) != (spec.context_width, spec.pooled_width):
-            raise FamilyMismatchError(
-                f"The text features are {text.txt.shape[-1]} wide, pooled {pooled_width}.",
-                f"{spec.context_width} and {spec.pooled_width} for {self.family.title}.",
-                "load the text encoders of the same model family.",
-            )
+        widths = (text.txt.shape[-1], 0 if text.pooled is None else text.pooled.shape[-1])
+        if widths != (spec.context_width, spec.pooled_width):
+            raise _other_text(widths, text.source, self.family, spec)
         batch = target.values.shape[0]
         named = [("text", text.txt.shape[0])]
         if text.pooled is not None:
@@ -230,7 +227,7 @@ class Flux(nn.Module):
                 raise FamilyMismatchError(
                     f"Reference {number} holds {tokens.latent.name} tokens.",
                     f"{self.family.latent.name} tokens for {self.family.title}.",
-                    "encode it with the autoencoder of the same model family.",
+                    "encode it with that family's autoencoder, from 'Load Autoencoder (FLUX)'.",
                 )
         for name, size in named:
             if size not in (1, batch):
@@ -239,6 +236,28 @@ class Flux(nn.Module):
                     "a batch of 1, or the same batch as the noise.",
                     "set batch_size on 'Noise (FLUX)', or hand over one picture.",
                 )
+
+
+def _other_text(
+    widths: tuple[int, int], source: str, family: FluxFamily, spec: TransformerSpec
+) -> FamilyMismatchError:
+    """Say whose text was wired, as far as its source or its widths tell, and whose is needed."""
+    owners = dict.fromkeys(
+        one.latent.name
+        for one in FAMILIES.values()
+        if (one.transformer.context_width, one.transformer.pooled_width) == widths
+    )
+    of_whom = [" and ".join(owners)] if owners else []
+    of_whom += [f"from {source}"] if source else []
+    whose = f" ({', '.join(of_whom)})" if of_whom else ""
+    needed = f"{spec.context_width} and {spec.pooled_width}"
+    if not spec.pooled_width:
+        needed = f"{spec.context_width} wide and none pooled"
+    return FamilyMismatchError(
+        f"The text features are {widths[0]} wide, pooled {widths[1]}{whose}.",
+        f"{needed} for {family.title}, from {family.text.title}.",
+        "load this family's text encoders in 'Load Text Encoders (FLUX)'.",
+    )
 
 
 def build_flux(

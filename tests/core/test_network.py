@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from glassbox.flux_core.errors import FamilyMismatchError, ShapeError
-from glassbox.flux_core.families import FLUX1_KONTEXT, FLUX1_LATENT
+from glassbox.flux_core.families import (
+    FLUX1_KONTEXT,
+    FLUX1_LATENT,
+    FLUX2_DEV,
+    FLUX2_KLEIN_4B,
+    FLUX2_LATENT,
+)
+from glassbox.flux_core.sampling.denoise import denoise
 from glassbox.flux_core.specs import TransformerSpec
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.tokens.pack import latent_tokens
@@ -169,12 +176,54 @@ def test_text_of_another_model_is_refused_by_its_widths(network):
         network.plan(Conditioning(text=text), _target(), torch.tensor([1.0, 0.0]))
 
 
+@pytest.mark.parametrize(
+    ("family", "widths", "source", "words"),
+    [
+        (FLUX2_KLEIN_4B, (4096, 768), "", r"pooled 768 \(FLUX\.1\).*\[klein\] 4B, from Qwen3 4B"),
+        (
+            FLUX2_KLEIN_4B,
+            (4096, 768),
+            "CLIP-L and T5",
+            r"\(FLUX\.1, from CLIP-L and T5\).*Qwen3 4B",
+        ),
+        (
+            FLUX2_KLEIN_4B,
+            (12288, 0),
+            "Qwen3 8B",
+            r"\(FLUX\.2, from Qwen3 8B\).*FLUX\.2 \[klein\] 4B",
+        ),
+        (FLUX2_DEV, (7680, 0), "", r"\(FLUX\.2\).*FLUX\.2 \[dev\], from Mistral Small 3"),
+        (FLUX1_KONTEXT, (15360, 0), "", r"\(FLUX\.2\).*4096 and 768 for FLUX\.1 Kontext \[dev\]"),
+    ],
+)
+def test_text_of_another_model_is_named_with_both_families(family, widths, source, words):
+    with torch.device("meta"):
+        network = build_flux(family, dataclasses.replace(family.transformer, single_blocks=1))
+    pooled = torch.randn(1, widths[1]) if widths[1] else None
+    text = TextFeatures(txt=torch.randn(1, 5, widths[0]), pooled=pooled, source=source)
+    target = latent_tokens(torch.randn(1, family.latent.channels, 2, 2), family.latent)
+    with pytest.raises(FamilyMismatchError, match=words) as caught:
+        network.plan(Conditioning(text=text), target, torch.tensor([1.0, 0.0]))
+    assert "'Load Text Encoders (FLUX)'" in str(caught.value)
+
+
 def test_a_reference_of_another_latent_is_refused_by_its_number(network):
     other = dataclasses.replace(FLUX1_LATENT, name="another")
     references = (_target(), dataclasses.replace(_target(), latent=other))
     conditioning = dataclasses.replace(_conditioning(references=0), references=references)
     with pytest.raises(FamilyMismatchError, match="Reference 2 holds another tokens"):
         network.plan(conditioning, _target(), torch.tensor([1.0, 0.0]))
+
+
+def test_references_and_noise_of_the_other_generation_are_named_with_both(network):
+    other = latent_tokens(torch.randn(1, 128, 2, 2), FLUX2_LATENT)
+    conditioning = dataclasses.replace(_conditioning(references=0), references=(other,))
+    words = r"Reference 1 holds FLUX\.2 tokens.*FLUX\.1 tokens for FLUX\.1 Kontext"
+    with pytest.raises(FamilyMismatchError, match=words):
+        network.plan(conditioning, _target(), torch.tensor([1.0, 0.0]))
+    words = r"noise input holds FLUX\.2 tokens.*FLUX\.1 tokens"
+    with pytest.raises(FamilyMismatchError, match=words):
+        denoise(network, _conditioning(), other, torch.tensor([1.0, 0.0]))
 
 
 def test_batches_that_do_not_match_are_refused(network):

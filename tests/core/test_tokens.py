@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glassbox.flux_core.errors import SettingError, ShapeError
-from glassbox.flux_core.families import FLUX1_LATENT
+from glassbox.flux_core.families import FLUX1_LATENT, FLUX2_LATENT
 from glassbox.flux_core.tokens.ids import image_ids, place, text_ids
 from glassbox.flux_core.tokens.pack import latent_tokens, pack_latent, tokens_latent
 from glassbox.flux_core.tokens.references import place_references
@@ -41,12 +41,22 @@ def test_ids_count_rows_and_columns_from_their_corner():
     ]  # fmt: skip
 
 
-def test_text_sits_at_the_origin():
+def test_text_sits_at_the_origin_or_is_counted_on_an_axis_of_its_own():
     assert torch.equal(text_ids(5, FLUX1_LATENT), torch.zeros(5, 3))
+    assert text_ids(3, FLUX2_LATENT).tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]
 
 
-def _references(*grids):
-    return [latent_tokens(torch.randn(1, 16, 2 * r, 2 * c), FLUX1_LATENT) for r, c in grids]
+@pytest.mark.parametrize("size", [(3, 5), (1, 1), (8, 2)])
+def test_a_cell_of_flux2_is_a_token(size):
+    latent = torch.randn(2, 128, *size)
+    tokens = latent_tokens(latent, FLUX2_LATENT)
+    assert torch.equal(tokens.values, latent.flatten(2).transpose(1, 2))
+    assert torch.equal(tokens_latent(tokens), latent)
+
+
+def _references(*grids, spec=FLUX1_LATENT):
+    side, channels = spec.patch, spec.channels
+    return [latent_tokens(torch.randn(1, channels, side * r, side * c), spec) for r, c in grids]
 
 
 def _corners(tokens):
@@ -54,17 +64,19 @@ def _corners(tokens):
 
 
 @pytest.mark.parametrize(
-    ("placement", "corners"),
+    ("spec", "placement", "corners"),
     [
-        ("offset", [[1, 0, 0], [1, 0, 6], [1, 9, 0]]),
-        ("index", [[1, 0, 0], [2, 0, 0], [3, 0, 0]]),
+        (FLUX1_LATENT, "offset", [[1, 0, 0], [1, 0, 6], [1, 9, 0]]),
+        (FLUX1_LATENT, "index", [[1, 0, 0], [2, 0, 0], [3, 0, 0]]),
+        (FLUX2_LATENT, "offset", [[1, 0, 0, 0], [1, 0, 6, 0], [1, 9, 0, 0]]),
+        (FLUX2_LATENT, "index", [[10, 0, 0, 0], [20, 0, 0, 0], [30, 0, 0, 0]]),
     ],
 )
-def test_three_references_go_where_the_convention_says(placement, corners):
+def test_three_references_go_where_the_convention_says(spec, placement, corners):
     # ComfyUI's rule: the second would make 4+9 rows below, 6+2 columns beside: beside. The third
     # 9+2 rows below, 8+4 columns beside: below.
     grids = ((4, 6), (9, 2), (2, 4))
-    placed = place_references(_references(*grids), placement)
+    placed = place_references(_references(*grids, spec=spec), placement)
     assert _corners(placed) == corners
 
 
@@ -80,8 +92,17 @@ def test_wired_places_are_kept_and_values_are_never_touched():
 def test_the_published_rule_takes_one_reference():
     one = place_references(_references((2, 3)), "single")
     assert _corners(one) == [[1, 0, 0]]
+    one = place_references(_references((2, 3), spec=FLUX2_LATENT), "single")
+    assert _corners(one) == [[10, 0, 0, 0]]
     with pytest.raises(SettingError, match="2 references"):
         place_references(_references((2, 3), (2, 2)), "single")
+
+
+@pytest.mark.parametrize("placement", ["offset", "index", "single"])
+def test_one_reference_lies_where_its_model_was_trained_with_it_however_it_is_placed(placement):
+    """So that a graph made for Kontext serves FLUX.2 when its loader is changed."""
+    for spec, corner in ((FLUX1_LATENT, [1, 0, 0]), (FLUX2_LATENT, [10, 0, 0, 0])):
+        assert _corners(place_references(_references((2, 3), spec=spec), placement)) == [corner]
 
 
 @pytest.mark.parametrize("placement", ["as wired", "offset", "index", "single"])

@@ -1,0 +1,118 @@
+"""What a run of FLUX.2 says, by the kind of model it is: distilled, step-distilled, or neither."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from glassbox.flux_core.families import (
+    FAMILIES,
+    FLUX2_DEV,
+    FLUX2_KLEIN_4B,
+    FLUX2_KLEIN_9B_KV,
+    FLUX2_KLEIN_BASE_4B,
+    FLUX2_LATENT,
+)
+from glassbox.flux_core.sampling.denoise import denoise, sampling_notes
+from glassbox.flux_core.sampling.guidance import TrueCFG
+from glassbox.flux_core.sampling.sigmas import linear_sigmas
+from glassbox.flux_core.tokens.references import place_references
+from glassbox.tests.core import tiny_flux2 as tiny
+
+FLUX2 = [family for family in FAMILIES.values() if family.latent == FLUX2_LATENT]
+NAMES = [family.name for family in FLUX2]
+
+
+def notes(family, one=None, **settings) -> tuple[str, ...]:
+    settings = {"steps": family.default_steps, **settings}
+    return sampling_notes(tiny.network(family), one or tiny.conditioning(1), **settings)
+
+
+@pytest.mark.parametrize("family", FLUX2, ids=NAMES)
+def test_a_run_as_the_model_was_published_says_nothing(family) -> None:
+    one = tiny.conditioning(1, tiny.pictures(1, 2), guidance=family.default_guidance)
+    cfg = None
+    if family.guidance == "true cfg":
+        cfg = TrueCFG(negative=tiny.conditioning(2, one.references), scale=family.default_guidance)
+    assert notes(family, one, cfg=cfg, noise=tiny.noise()) == ()
+
+
+@pytest.mark.parametrize("family", [FLUX2_KLEIN_4B, FLUX2_KLEIN_9B_KV], ids=lambda one: one.name)
+def test_klein_says_that_guidance_is_ignored_only_where_someone_set_it(family) -> None:
+    words = f"guidance 3.5 is ignored: {family.title} has no guidance input."
+    assert notes(family, tiny.conditioning(1, guidance=3.5)) == (words,)
+    assert notes(family, tiny.conditioning(1, guidance=family.default_guidance)) == ()
+    assert notes(family, tiny.conditioning(1, guidance=None)) == ()
+
+
+def test_ignored_guidance_changes_no_bit() -> None:
+    network = tiny.network(FLUX2_KLEIN_4B)
+    ran = [
+        [step.x for step in denoise(network, one, tiny.noise(), linear_sigmas(2))]
+        for one in (tiny.conditioning(1), tiny.conditioning(1, guidance=7.0))
+    ]
+    assert all(map(torch.equal, *ran))
+
+
+def test_a_base_model_without_cfg_is_told_where_to_find_it() -> None:
+    (note,) = notes(FLUX2_KLEIN_BASE_4B)
+    assert "'Sample True CFG (FLUX)', cfg 4, with an empty negative prompt" in note
+    ignored, without = notes(FLUX2_KLEIN_BASE_4B, tiny.conditioning(1, guidance=2.5))
+    assert ignored.startswith("guidance 2.5 is ignored")
+    assert "cfg on 'Sample True CFG (FLUX)'" in ignored
+    assert without == note
+    cfg = TrueCFG(negative=tiny.conditioning(2), scale=1.0)
+    assert notes(FLUX2_KLEIN_BASE_4B, cfg=cfg) == (
+        "the negative conditioning is not used: cfg is 1 or less.",
+    )
+
+
+@pytest.mark.parametrize("family", [FLUX2_DEV, FLUX2_KLEIN_4B], ids=lambda one: one.name)
+def test_cfg_on_a_distilled_model_is_said(family) -> None:
+    one = tiny.conditioning(1, guidance=family.default_guidance)
+    cfg = TrueCFG(negative=tiny.conditioning(2), scale=2.0)
+    steps = family.default_steps
+    words = f"{steps} of {steps} steps run twice; this model needs no negative."
+    assert notes(family, one, cfg=cfg) == (words,)
+
+
+def test_dev_without_guidance_runs_with_its_own_and_says_so() -> None:
+    assert notes(FLUX2_DEV) == ("guidance is 4, the default of FLUX.2 [dev].",)
+    network = tiny.network(FLUX2_DEV)
+    default, same, other = (
+        next(step.x for step in denoise(network, one, tiny.noise(), linear_sigmas(1)))
+        for one in (tiny.conditioning(1, guidance=one) for one in (None, 4.0, 2.5))
+    )
+    assert torch.equal(default, same)
+    assert not torch.equal(default, other)
+
+
+def test_other_steps_are_said_on_step_distilled_models_only() -> None:
+    (note,) = notes(FLUX2_KLEIN_4B, steps=20)
+    assert note.startswith("20 steps; FLUX.2 [klein] 4B was distilled to 4")
+    dev = tiny.conditioning(1, guidance=4.0)
+    assert notes(FLUX2_DEV, dev, steps=4) == ()
+
+
+def test_references_beyond_the_trained_number_are_allowed_and_said() -> None:
+    many = tiny.conditioning(1, tiny.pictures(1, 2, 3, 4, 5))
+    assert notes(FLUX2_KLEIN_4B, many) == ("5 references; the model was trained with 4.",)
+    steps = denoise(tiny.network(FLUX2_KLEIN_4B), many, tiny.noise(), linear_sigmas(1))
+    assert bool(torch.isfinite(next(iter(steps)).x).all())
+
+
+@pytest.mark.parametrize("placement", ["offset", "reversed"])
+def test_references_at_places_the_model_does_not_know_are_said_once(placement: str) -> None:
+    known = tiny.pictures(1, 2)
+    placed = known[::-1] if placement == "reversed" else place_references(known, "offset")
+    (note,) = notes(FLUX2_KLEIN_4B, tiny.conditioning(1, placed))
+    assert note.startswith("reference 1 lies elsewhere than FLUX.2 [klein] 4B was trained with")
+    assert "placement to 'index'" in note
+
+
+def test_text_longer_than_trained_is_said() -> None:
+    one = tiny.conditioning(1, length=513)
+    (note,) = notes(FLUX2_KLEIN_4B, one)
+    assert note.startswith("the text is 513 tokens long; FLUX.2 [klein] 4B was trained with 512")
+    short = replace(FLUX2_KLEIN_4B, text=replace(FLUX2_KLEIN_4B.text, tokens=513))
+    assert notes(short, one) == ()
