@@ -37,7 +37,8 @@ def check_latent(found: LatentSpec, needed: LatentSpec, name: str) -> None:
         raise FamilyMismatchError(
             f"The {name} input holds {found.name} tokens.",
             f"{needed.name} tokens.",
-            "use the model, the autoencoder and the latent format of one family.",
+            "use one family throughout: in 'Load Model (FLUX)', 'Load Autoencoder (FLUX)' and the "
+            "latent_format of 'Pack Latent (FLUX)'.",
         )
 
 
