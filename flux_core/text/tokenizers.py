@@ -1,12 +1,14 @@
 """Prompt → token ids, and what of the prompt did not fit.
 
 Source: huggingface/diffusers@0.42.1 pipelines/flux/pipeline_flux.py `_get_clip_prompt_embeds`,
-`_get_t5_prompt_embeds`: the same tokenizer classes, padding and truncation.
+`_get_t5_prompt_embeds`, pipelines/flux2/pipeline_flux2_klein.py `_get_qwen3_prompt_embeds`,
+pipelines/flux2/pipeline_flux2.py `_get_mistral_3_small_prompt_embeds`: the same tokenizer classes,
+templates, padding and truncation.
 """
 
-import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -15,13 +17,22 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, SettingError
+from ..specs import LanguageModelSpec
 from ..values import TokenCount
+from .tekken import read_tekken
 
 CLIP_NAME = "CLIP-L"
 T5_NAME = "T5"
 _CLIP_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _T5_FILES = (("tokenizer.json",), ("spiece.model",))
-_REINSTALL = "Install the pack (or ComfyUI, which brings the tokenizers of FLUX.1) again."
+_QWEN_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
+_MISTRAL_FILES = (("tokenizer.json",), ("tekken.json",))
+_REINSTALL = "Install the pack (or ComfyUI, which brings the tokenizers) again."
+_ALONGSIDE = (
+    "choose ComfyUI's mistral_3_small_flux2 file, which carries its tokenizer, or put the "
+    "tokenizer files into the folder of the encoder, in 'Load Text Encoders (FLUX)'."
+)
+_MARK = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # <|im_start|>, </think>, <s>, [INST]
 _SPECIAL_MARKS = {CLIP_NAME: 2, T5_NAME: 1}  # begin and end; end
 
 
@@ -36,8 +47,24 @@ class _Tokenizer(Protocol):
     is_fast: bool
     eos_token_id: int
 
+    backend_tokenizer: "_Backend"
+
     def __call__(self, text: str, **options: object) -> _Batch: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class _Encoding(Protocol):
+    ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
+
+
+class _Backend(Protocol):
+    """What is used of a tokenizer of the tokenizers library."""
+
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> _Encoding: ...
+    def get_added_tokens_decoder(self) -> Mapping[int, object]: ...
+    def no_padding(self) -> None: ...
+    def no_truncation(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +72,9 @@ class EncodedPrompt:
     """A prompt as one encoder reads it."""
 
     ids: Tensor  # (1, length) int64, padded
+    mask: Tensor  # (1, length) int64: 1 for the prompt, 0 for padding
     count: TokenCount
+    notes: tuple[str, ...] = ()  # what was done to the prompt that one may not expect
 
 
 class PromptTokenizer:
@@ -81,6 +110,7 @@ class PromptTokenizer:
         cut = self._cut(prompt, words, room) if len(words) > room else ""
         return EncodedPrompt(
             ids=torch.tensor([padded.input_ids], dtype=torch.int64),
+            mask=(torch.arange(length) < used).long()[None],
             count=TokenCount(encoder=self.name, used=used, limit=length, cut=cut),
         )
 
@@ -93,6 +123,74 @@ class PromptTokenizer:
             if found.input_ids == words:
                 return prompt[found.offset_mapping[room][0] :]
         return self._tokenizer.decode(words[room:])
+
+
+class ChatTokenizer:
+    """The tokenizer of a language model, which reads the prompt as one turn of a chat.
+
+    Args:
+        name: where it comes from, for errors.
+        backend: knows the marks of the chat template as tokens.
+    """
+
+    def __init__(self, name: str, backend: _Backend) -> None:
+        self.name = name
+        self._backend = backend
+        backend.no_padding()
+        backend.no_truncation()
+        added = backend.get_added_tokens_decoder()
+        self._marks = {str(getattr(token, "content", token)): id_ for id_, token in added.items()}
+
+    def encode(
+        self, prompt: str, spec: LanguageModelSpec, length: int | None = None
+    ) -> EncodedPrompt:
+        """Set the prompt into the chat template, cut what is too long at its end, and pad.
+
+        Args:
+            prompt: any text, also empty; marks of the template in it count as marks.
+            spec: template, side of the padding and default length.
+            length: tokens, the template's included; at least 1.
+
+        Raises:
+            SettingError: the prompt holds characters that no encoding of text knows.
+            CheckpointError: the tokenizer does not know a mark of the template.
+        """
+        _check_encodable(prompt, spec.title)
+        self._check_marks(spec)
+        length = spec.tokens if length is None else length
+        notes: list[str] = []
+        words = prompt
+        for mark in spec.removed:
+            words = words.replace(mark, "")
+            if mark in prompt:
+                notes.append(f"{mark} was taken out of the prompt: it stands for a picture.")
+        text = f"{spec.before}{words}{spec.behind}"
+        found = self._backend.encode(text, add_special_tokens=False)
+        ids, cut = list(found.ids[:length]), ""
+        if len(found.ids) > length:
+            end = len(spec.before) + len(words)
+            cut = text[max(found.offsets[length][0], len(spec.before)) : end]
+            notes.append(f"Text and chat template take {len(found.ids)} tokens; {length} are read.")
+        used, padding = len(ids), [self._marks[spec.pad_token]] * (length - len(ids))
+        shown, hidden = [1] * used, [0] * len(padding)
+        on_left = spec.padding == "left"
+        return EncodedPrompt(
+            ids=torch.tensor([padding + ids if on_left else ids + padding], dtype=torch.int64),
+            mask=torch.tensor([hidden + shown if on_left else shown + hidden], dtype=torch.int64),
+            count=TokenCount(encoder=spec.title, used=used, limit=length, cut=cut),
+            notes=tuple(notes),
+        )
+
+    def _check_marks(self, spec: LanguageModelSpec) -> None:
+        """See that every mark of the template is one token, and not spelled out."""
+        needed = dict.fromkeys([spec.pad_token, *_MARK.findall(spec.before + spec.behind)])
+        unknown = [mark for mark in needed if mark not in self._marks]
+        if unknown:
+            raise CheckpointError(
+                f"The tokenizer in {self.name} does not know {', '.join(unknown)}.",
+                f"the tokenizer of {spec.title}.",
+                _REINSTALL if spec.architecture == "qwen3" else _ALONGSIDE,
+            )
 
 
 def load_clip_tokenizer(path: Path) -> PromptTokenizer:
@@ -119,7 +217,37 @@ def load_t5_tokenizer(path: Path) -> PromptTokenizer:
     return PromptTokenizer(T5_NAME, tokenizer, tokenizer)
 
 
-def _folder_with(path: Path, sets: tuple[tuple[str, ...], ...], name: str) -> Path:
+def load_qwen_tokenizer(path: Path) -> ChatTokenizer:
+    """Read Qwen's tokenizer from a folder with vocab.json and merges.txt, or tokenizer.json.
+
+    Raises:
+        CheckpointError: the folder or its files are not there, or are broken.
+    """
+    folder = _folder_with(path, _QWEN_FILES, "Qwen3")
+    tokenizer = _read("Qwen2TokenizerFast", folder, "Qwen3")
+    return ChatTokenizer(folder.name, tokenizer.backend_tokenizer)
+
+
+def load_mistral_tokenizer(source: bytes | Path) -> ChatTokenizer:
+    """Read Mistral's tokenizer.
+
+    Args:
+        source: the text of a tekken.json, or a folder with tokenizer.json or tekken.json.
+
+    Raises:
+        CheckpointError: the folder or its files are not there, or are broken.
+    """
+    if isinstance(source, bytes):
+        return ChatTokenizer("tekken_model", cast(_Backend, read_tekken(source)))
+    folder = _folder_with(source, _MISTRAL_FILES, "Mistral", _ALONGSIDE)
+    if (folder / "tokenizer.json").is_file():
+        return ChatTokenizer(folder.name, _read_backend(folder / "tokenizer.json", "Mistral"))
+    return load_mistral_tokenizer((folder / "tekken.json").read_bytes())
+
+
+def _folder_with(
+    path: Path, sets: tuple[tuple[str, ...], ...], name: str, fix: str = _REINSTALL
+) -> Path:
     """Find the folder of a tokenizer, and see that one of the sets of files is in it."""
     folder = path.parent if path.is_file() else path
     if any(all((folder / file).is_file() for file in files) for files in sets):
@@ -129,7 +257,7 @@ def _folder_with(path: Path, sets: tuple[tuple[str, ...], ...], name: str) -> Pa
     raise CheckpointError(
         f"The tokenizer folder of {name}, {folder.name}, holds {there}.",
         " or ".join(" and ".join(files) for files in sets) + ".",
-        _REINSTALL,
+        fix,
     )
 
 
@@ -139,15 +267,27 @@ def _read(kind: str, folder: Path, name: str) -> _Tokenizer:
 
     loader = cast("_Loader", getattr(transformers, kind))
     try:
-        for file in folder.glob("*.json"):
-            json.loads(file.read_bytes())  # the library's own error for this has no type
         return loader.from_pretrained(os.fspath(folder), local_files_only=True)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"The tokenizer of {name} in {folder.name} could not be read ({error}).",
-            "the tokenizer files that belong to the text encoder.",
-            _REINSTALL,
-        ) from error
+    except Exception as error:  # the library's own error for a broken file has no type
+        raise _unreadable(folder, name, error) from error
+
+
+def _read_backend(file: Path, name: str) -> _Backend:
+    """Load a tokenizer.json as it is: transformers may exchange the rule that splits words."""
+    from tokenizers import Tokenizer
+
+    try:
+        return cast(_Backend, Tokenizer.from_str(file.read_text(encoding="utf-8")))
+    except Exception as error:  # the library's own error for a broken file has no type
+        raise _unreadable(file.parent, name, error) from error
+
+
+def _unreadable(folder: Path, name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"The tokenizer of {name} in {folder.name} could not be read ({error}).",
+        "the tokenizer files that belong to the text encoder.",
+        _REINSTALL,
+    )
 
 
 class _Loader(Protocol):

@@ -1,0 +1,136 @@
+"""Mistral's tekken vocabulary → a tokenizer; ComfyUI's single files carry it as bytes.
+
+Source: huggingface/transformers integrations/mistral/tokenizer.py MistralConverter for the
+vocabulary and its merges.
+
+Deviation: words are split by the rule of the published tokenizer.json of Mistral Small 3.1, which
+FLUX.2 [dev] was trained with, and not by the one tekken names: the two differ where capitals
+follow small letters.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MOST_BYTES = 64 << 20  # of the file; Mistral Small's has 15 MB
+_MOST_TOKENS = 1 << 18
+_MOST_TOKEN_BYTES = 8 << 20  # of all tokens together; Mistral Small's have 0.9 MB
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_Table = Mapping[str, object]
+
+
+def read_tekken(data: bytes) -> "Tokenizer":
+    """Make a tokenizer from the text of a tekken.json.
+
+    Raises:
+        CheckpointError: it is something else, or larger than any vocabulary.
+    """
+    try:
+        special, tokens = _parse(data)
+    except (ValueError, LookupError, TypeError, RecursionError, binascii.Error) as error:
+        raise _broken(str(error) or type(error).__name__) from None
+    return _build(special, tokens)
+
+
+def _parse(data: bytes) -> tuple[list[str], dict[bytes, int]]:
+    """Give the special tokens in order of their ids, and the others with their ids."""
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"it has {len(data):,} bytes, where {MOST_BYTES:,} are the most")
+    root = cast(_Table, json.loads(data))
+    config = cast(_Table, root["config"])
+    listed = cast(Sequence[_Table], root["special_tokens"])
+    entries = cast(Sequence[_Table], root["vocab"])
+    reserved = _number(config.get("default_num_special_tokens", len(listed)))
+    size = _number(config.get("default_vocab_size", reserved + len(entries)))
+    if max(reserved, len(listed), size) > _MOST_TOKENS:
+        raise ValueError(f"it lists more than {_MOST_TOKENS:,} tokens")
+    special = [f"<SPECIAL_{number}>" for number in range(reserved)]
+    for entry in listed:
+        special[_number(entry["rank"])] = _text(entry)
+    if len(set(special)) != reserved:
+        raise ValueError("two of its special tokens are the same")
+    tokens: dict[bytes, int] = {}
+    for entry in entries:
+        rank = _number(entry["rank"])
+        if rank < size - reserved:
+            tokens[base64.b64decode(cast(str, entry["token_bytes"]))] = rank + reserved
+    if len(set(tokens.values())) != len(tokens) or sum(map(len, tokens)) > _MOST_TOKEN_BYTES:
+        raise ValueError("two of its tokens have one id, or they are longer than any text's")
+    if any(bytes([byte]) not in tokens for byte in range(256)):
+        raise ValueError("it has no token for some byte")
+    return special, tokens
+
+
+def _build(special: Sequence[str], tokens: Mapping[bytes, int]) -> "Tokenizer":
+    """Assemble the byte-level BPE; a word that is a token is taken whole."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    letters = _letters()
+    spelled = {token: "".join(letters[byte] for byte in token) for token in tokens}
+    vocabulary = {spelled[token]: number for token, number in tokens.items()}
+    vocabulary |= {token: number for number, token in enumerate(special)}
+    merges = [(spelled[left], spelled[right]) for left, right in _merges(tokens)]
+    model = BPE(vocabulary, merges, fuse_unk=False, ignore_merges=True)
+    tokenizer = Tokenizer(model)
+    words = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated", invert=False)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in special]
+    )
+    return tokenizer
+
+
+def _merges(tokens: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """List every pair of tokens that makes a third, in the order they are tried."""
+    merges: list[tuple[int, int, int, bytes, bytes]] = []
+    for token, number in tokens.items():
+        for place in range(1, len(token)):
+            left, right = token[:place], token[place:]
+            if left in tokens and right in tokens:
+                merges.append((number, tokens[left], tokens[right], left, right))
+    merges.sort()
+    return [(left, right) for *_, left, right in merges]
+
+
+def _letters() -> list[str]:
+    """Give the letter that stands for each byte, as in every byte-level BPE.
+
+    Printable bytes stand for themselves; the others follow behind the last byte, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(0x100)]
+
+
+def _text(entry: _Table) -> str:
+    said = entry.get("token_str")
+    if isinstance(said, str):
+        return said
+    return base64.b64decode(cast(str, entry["token_bytes"])).decode()
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError("one of its numbers is none")
+    return value
+
+
+def _broken(reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"The tokenizer of Mistral could not be read ({reason[:200]}).",
+        "the tekken vocabulary of Mistral Small 3, as in ComfyUI's mistral_3_small_flux2 files.",
+        "choose or download the file again in 'Load Text Encoders (FLUX)'.",
+    )
