@@ -1,9 +1,11 @@
-"""The FLUX autoencoder: published (BFL) names and diffusers' names.
+"""The FLUX autoencoders: published (BFL) names and diffusers' names.
 
-diffusers numbers the decoder's levels in the order they run, BFL by their resolution; and its
-attention is linear layers where BFL has 1x1 convolutions.
-Source: black-forest-labs/flux@802fb47 src/flux/modules/autoencoder.py; huggingface/diffusers
-0.42.1 AutoencoderKL.
+diffusers numbers the decoder's levels in the order they run, BFL by their resolution; its
+attention is linear layers where BFL has 1x1 convolutions; and FLUX.2's convolutions around the
+bottleneck stand beside encoder and decoder, as in ComfyUI's saves, where BFL has them inside.
+Source: black-forest-labs/flux@802fb47 src/flux/modules/autoencoder.py; black-forest-labs/
+flux2@ab7cca6 src/flux2/autoencoder.py; huggingface/diffusers 0.42.1 AutoencoderKL,
+AutoencoderKLFlux2.
 """
 
 import re
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from .layout import Layout, Recipe, count_numbers, find_prefix, lay_out
 
-MOST_LEVELS = 8  # of resolution; FLUX.1's autoencoder has 4
+MOST_LEVELS = 8  # of resolution; the published autoencoders have 4
+# What an autoencoder with a normalised latent has, by published name: FLUX.2's and not FLUX.1's.
+NORMALISED = ("bn.", "encoder.quant_conv.", "decoder.post_quant_conv.")
 PREFIXES = ("", "first_stage_model.", "vae.")
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _OURS = {theirs: ours for ours, theirs in _ATTENTION.items()}
@@ -30,18 +34,20 @@ def autoencoder_layout(keys: Iterable[str]) -> Layout | None:
     prefix = find_prefix(keys, PREFIXES, ("encoder.down.", "decoder.up."))
     if prefix is not None:
         mine = [key for key in keys if key.startswith(prefix)]
-        recipes = {key[len(prefix) :]: Recipe((key,)) for key in mine}
+        recipes: dict[str, Recipe] = {}
+        for key in mine:
+            recipes.setdefault(_bring_inside(key[len(prefix) :]), Recipe((key,)))
         return lay_out("BFL", prefix, keys, recipes)
     prefix = find_prefix(keys, PREFIXES, ("encoder.down_blocks.", "decoder.up_blocks."))
     if prefix is None:
         return None
     levels = count_numbers(keys, prefix + "decoder.up_blocks.", MOST_LEVELS)
-    recipes: dict[str, Recipe] = {}
+    recipes = {}
     for key in keys:
         if key.startswith(prefix):
             ours = to_published_name(key[len(prefix) :], levels)
             kernel = _KERNELS.fullmatch(ours) is not None
-            recipes[ours] = Recipe((key,), "1x1 kernel" if kernel else "none")
+            recipes.setdefault(ours, Recipe((key,), "1x1 kernel" if kernel else "none"))
     return lay_out(
         "diffusers", prefix, keys, recipes, lambda key: (prefix + to_diffusers_name(key, levels),)
     )
@@ -71,8 +77,10 @@ def to_published_name(name: str, levels: int) -> str:
     )
     name = re.sub(r"\.resnets\.(\d+)\.", r".block.\1.", name)
     name = re.sub(r"\.(down|up)samplers\.0\.", r".\1sample.", name)
-    return name.replace(".conv_shortcut.", ".nin_shortcut.").replace(
-        ".conv_norm_out.", ".norm_out."
+    return (
+        _bring_inside(name)
+        .replace(".conv_shortcut.", ".nin_shortcut.")
+        .replace(".conv_norm_out.", ".norm_out.")
     )
 
 
@@ -90,6 +98,14 @@ def to_diffusers_name(name: str, levels: int) -> str:
     )
     name = re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", name)
     name = re.sub(r"\.(down|up)sample\.", r".\1samplers.0.", name)
+    name = re.sub(r"^(encoder|decoder)\.((post_)?quant_conv)\.", r"\2.", name)
     return name.replace(".nin_shortcut.", ".conv_shortcut.").replace(
         ".norm_out.", ".conv_norm_out."
     )
+
+
+def _bring_inside(name: str) -> str:
+    """Put a convolution that stands beside encoder and decoder into the one it belongs to."""
+    if name.startswith("quant_conv."):
+        return "encoder." + name
+    return "decoder." + name if name.startswith("post_quant_conv.") else name

@@ -7,17 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 _BF16 = "choose the bfloat16 file of this model."
-_OTHER = "choose a FLUX.1 file in this loader."
-_NATIVE = "choose a FLUX.1 file here, or load this one with ComfyUI's own loader."
+_OTHER = "choose a FLUX.1 or FLUX.2 file in this loader."
+_NATIVE = "choose a FLUX.1 or FLUX.2 file here, or load this one with ComfyUI's own loader."
+_PUBLISHED = "choose FLUX.1's ae.safetensors, or FLUX.2's flux2-vae.safetensors."
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of file that is not a plain FLUX.1 part."""
+    """A kind of file that is not the plain part that is wanted."""
 
     title: str
     marks: tuple[str, ...]  # in some key, any one of them
     fix: str
+    unless: tuple[str, ...] = ()  # in no key
 
 
 QUANTISED = (
@@ -29,8 +31,8 @@ QUANTISED = (
 )
 TRANSFORMERS = (
     Kind("a LoRA", (".lora_A", ".lora_B", ".lora_down", ".lora_up", "_lora1.", ".lokr_"), _OTHER),
-    Kind("a FLUX.2 transformer", ("double_stream_modulation_img.",), _NATIVE),
     Kind("a FLUX.3 transformer", ("early_stream_modulations.",), _NATIVE),
+    Kind("an Ovis-Image transformer", (".img_mlp.gate_proj.",), _NATIVE),
     Kind("a Chroma transformer", ("distilled_guidance_layer.",), _NATIVE),
     Kind("a HunyuanVideo transformer", ("txt_in.individual_token_refiner.",), _NATIVE),
     Kind("a FLUX.1 ControlNet", ("controlnet_blocks.", "controlnet_x_embedder."), _NATIVE),
@@ -41,17 +43,14 @@ TRANSFORMERS = (
 )
 AUTOENCODERS = (
     Kind(
-        "a FLUX.2 autoencoder",
-        ("bn.running_mean",),
-        "choose the FLUX.1 autoencoder, ae.safetensors.",
-    ),
-    Kind(
         "an autoencoder with quantisation layers, as Stable Diffusion 1 to XL have",
         ("quant_conv.",),
-        "choose the FLUX.1 autoencoder, ae.safetensors.",
+        _PUBLISHED,
+        unless=("bn.running_", "encoder.quant_conv."),
     ),
 )
 PARTS = (
+    Kind("a FLUX.2 autoencoder", ("bn.running_mean",), "load it with 'Load Autoencoder (FLUX)'."),
     Kind(
         "an autoencoder",
         ("encoder.down.0.", "encoder.down_blocks.0.", "decoder.up.0.", "decoder.mid_block."),
@@ -67,7 +66,16 @@ PARTS = (
         ("encoder.layers.0.self_attn.", "transformer.resblocks.0."),
         "load it with 'Load Text Encoders (FLUX)'.",
     ),
-    Kind("a language model", ("layers.0.self_attn.", "layers.0.mlp.gate_proj."), _OTHER),
+    Kind(
+        "a language model",
+        ("layers.0.self_attn.", "layers.0.mlp.gate_proj."),
+        "load it with 'Load Text Encoders (FLUX)' if it is a FLUX.2 text encoder.",
+    ),
+    Kind(
+        "a FLUX.2 transformer",
+        ("double_stream_modulation_", "single_stream_modulation."),
+        "load it with 'Load Model (FLUX)'.",
+    ),
     Kind(
         "a transformer",
         ("double_blocks.0.", "single_transformer_blocks.0."),
@@ -82,8 +90,12 @@ def identify(
     """Find the first kind that some key, or the metadata of a quantised file, gives away."""
     keys = tuple(keys)
     for kind in kinds:
-        if any(mark in key for mark in kind.marks for key in keys):
+        if _any_of(kind.marks, keys) and not _any_of(kind.unless, keys):
             return kind
     if "_quantization_metadata" in metadata:
         return QUANTISED[-1]
     return None
+
+
+def _any_of(marks: Iterable[str], keys: tuple[str, ...]) -> bool:
+    return any(mark in key for mark in marks for key in keys)

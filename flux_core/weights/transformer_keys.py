@@ -1,12 +1,14 @@
-"""FLUX.1's transformer: published (BFL) names and diffusers' names.
+"""The transformers' published (BFL) names and diffusers' names, for both generations of FLUX.
 
-diffusers splits what BFL fuses (qkv, and qkv with the mlp in single blocks) and holds the halves
-of the last modulation the other way round.
-Source: black-forest-labs/flux@802fb47 src/flux/model.py; huggingface/diffusers 0.42.1
-scripts/convert_flux_to_diffusers.py, whose fixed sizes are read from shapes here.
+diffusers splits what BFL fuses (qkv, and in FLUX.1 qkv with the mlp in single blocks) and holds
+the halves of the last modulation the other way round.
+Source: black-forest-labs/flux@802fb47 src/flux/model.py; black-forest-labs/flux2@ab7cca6
+src/flux2/model.py; huggingface/diffusers 0.42.1 scripts/convert_flux_to_diffusers.py and
+convert_flux2_to_diffusers.py, whose fixed sizes are read from shapes here.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,38 +16,82 @@ from torch import Tensor
 from .layout import Layout, Recipe, count_numbers, find_prefix, lay_out
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.")
+# What FLUX.2 has in every layout and FLUX.1 in none: one modulation for all blocks of a kind.
+SHARED_MODULATION = ("double_stream_modulation_", "single_stream_modulation.")
 _FINAL_MODULATION = "final_layer.adaLN_modulation.1"
 
-# Our module, diffusers' modules; each has a weight and a bias.
-_OUTER = {
+_Names = Mapping[str, tuple[str, ...]]  # our module, diffusers' modules
+
+
+@dataclass(frozen=True, slots=True)
+class _Generation:
+    """The modules of one generation, all with tensors of the same kinds."""
+
+    outer: _Names
+    double: _Names
+    single: _Names
+    kinds: tuple[str, ...]
+
+
+_COMMON_OUTER = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
     "final_layer.linear": ("proj_out",),
     _FINAL_MODULATION: ("norm_out.linear",),
 }
-_DOUBLE = {
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
+_COMMON_DOUBLE = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "img_attn.proj": ("attn.to_out.0",),
     "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
 }
-_SINGLE = {
-    "modulation.lin": ("norm.linear",),
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-}
+_FLUX1 = _Generation(
+    outer={
+        **_COMMON_OUTER,
+        "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+        "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+        "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+        "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+        "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+        "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    },
+    double={
+        **_COMMON_DOUBLE,
+        "img_mod.lin": ("norm1.linear",),
+        "txt_mod.lin": ("norm1_context.linear",),
+        "img_mlp.0": ("ff.net.0.proj",),
+        "img_mlp.2": ("ff.net.2",),
+        "txt_mlp.0": ("ff_context.net.0.proj",),
+        "txt_mlp.2": ("ff_context.net.2",),
+    },
+    single={
+        "modulation.lin": ("norm.linear",),
+        "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+        "linear2": ("proj_out",),
+    },
+    kinds=("weight", "bias"),
+)
+_FLUX2 = _Generation(
+    outer={
+        **_COMMON_OUTER,
+        "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+        "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+        "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+        "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+        "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+        "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+        "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    },
+    double={
+        **_COMMON_DOUBLE,
+        "img_mlp.0": ("ff.linear_in",),
+        "img_mlp.2": ("ff.linear_out",),
+        "txt_mlp.0": ("ff_context.linear_in",),
+        "txt_mlp.2": ("ff_context.linear_out",),
+    },
+    single={"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
+    kinds=("weight",),
+)
 # Norms have one tensor: ours is called scale, theirs weight.
 _DOUBLE_NORMS = {
     "img_attn.norm.query_norm": "attn.norm_q",
@@ -57,7 +103,7 @@ _SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k
 
 
 def transformer_layout(keys: Iterable[str]) -> Layout | None:
-    """Sort out the keys of a file; None when they are not laid out like FLUX.1.
+    """Sort out the keys of a file; None when they are not laid out like FLUX.
 
     Raises:
         CheckpointError: a block is missing between others.
@@ -76,7 +122,7 @@ def transformer_layout(keys: Iterable[str]) -> Layout | None:
             tuple(prefix + part for part in theirs),
             "swap halves" if ours.startswith(_FINAL_MODULATION) else "none",
         )
-        for ours, theirs in _tensor_names(double, single)
+        for ours, theirs in _tensor_names(_generation(keys, prefix), double, single)
     }
     return lay_out("diffusers", prefix, keys, recipes, lambda key: _parts(recipes, key))
 
@@ -91,7 +137,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     double = count_numbers(state, "double_blocks.")
     single = count_numbers(state, "single_blocks.")
     theirs: dict[str, Tensor] = {}
-    for name, parts in _tensor_names(double, single):
+    for name, parts in _tensor_names(_generation(state, ""), double, single):
         if name not in state:
             continue  # guidance_in of a model without guidance
         tensor = state[name]
@@ -101,6 +147,11 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sizes = [*rows, tensor.shape[0] - sum(rows)]
         theirs.update(zip(parts, torch.split(tensor, sizes), strict=True))
     return theirs
+
+
+def _generation(keys: Iterable[str], prefix: str) -> _Generation:
+    marks = tuple(prefix + mark for mark in SHARED_MODULATION)
+    return _FLUX2 if any(key.startswith(marks) for key in keys) else _FLUX1
 
 
 def _parts(recipes: Mapping[str, Recipe], key: str) -> tuple[str, ...]:
@@ -119,10 +170,12 @@ def _published_recipes(keys: Iterable[str], prefix: str) -> dict[str, Recipe]:
     return recipes
 
 
-def _tensor_names(double: int, single: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _tensor_names(
+    names: _Generation, double: int, single: int
+) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield (our tensor, diffusers' tensors it is made of) for all of a model."""
-    for ours, theirs in _module_names(double, single):
-        for kind in ("weight", "bias"):
+    for ours, theirs in _module_names(names, double, single):
+        for kind in names.kinds:
             yield f"{ours}.{kind}", tuple(f"{part}.{kind}" for part in theirs)
     for count, ours, theirs, norms in (
         (double, "double_blocks", "transformer_blocks", _DOUBLE_NORMS),
@@ -133,11 +186,13 @@ def _tensor_names(double: int, single: int) -> Iterator[tuple[str, tuple[str, ..
                 yield f"{ours}.{i}.{name}.scale", (f"{theirs}.{i}.{norm}.weight",)
 
 
-def _module_names(double: int, single: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    yield from _OUTER.items()
+def _module_names(
+    names: _Generation, double: int, single: int
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield from names.outer.items()
     for count, ours, theirs, modules in (
-        (double, "double_blocks", "transformer_blocks", _DOUBLE),
-        (single, "single_blocks", "single_transformer_blocks", _SINGLE),
+        (double, "double_blocks", "transformer_blocks", names.double),
+        (single, "single_blocks", "single_transformer_blocks", names.single),
     ):
         for i in range(count):
             for name, parts in modules.items():

@@ -1,4 +1,4 @@
-"""Small checkpoints for tests: a FLUX.1 transformer and an autoencoder with random weights."""
+"""Small checkpoints for tests: transformers and autoencoders of FLUX with random weights."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,8 +8,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from glassbox.flux_core.families import FLUX1_AUTOENCODER, FLUX1_DEV, FLUX1_SCHNELL
+from glassbox.flux_core.families import (
+    FLUX1_AUTOENCODER,
+    FLUX1_DEV,
+    FLUX1_SCHNELL,
+    FLUX2_AUTOENCODER,
+    FLUX2_DEV,
+    FLUX2_KLEIN_4B,
+)
 from glassbox.flux_core.image.autoencoder import Autoencoder
+from glassbox.flux_core.specs import AutoencoderSpec
 from glassbox.flux_core.transformer.flux import build_flux
 
 TINY_FLUX1 = replace(
@@ -21,7 +29,15 @@ TINY_FLUX1 = replace(
     pooled_width=32,
 )
 TINY_SCHNELL = replace(TINY_FLUX1, has_guidance=False)
+TINY_FLUX2 = replace(
+    FLUX2_DEV.transformer, hidden=128, double_blocks=2, single_blocks=3, context_width=48
+)
+TINY_KLEIN = replace(TINY_FLUX2, has_guidance=False)
 TINY_AUTOENCODER = replace(FLUX1_AUTOENCODER, channels=32)
+TINY_FLUX2_AUTOENCODER = replace(FLUX2_AUTOENCODER, channels=32)
+TINY_SMALL_DECODER = replace(
+    TINY_FLUX2_AUTOENCODER, channels=64, channel_mult=(1, 1, 1, 2), decoder_channels=32
+)
 
 
 def randomise(*modules: nn.Module, seed: int = 0) -> dict[str, Tensor]:
@@ -30,6 +46,10 @@ def randomise(*modules: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for module in modules:
         for key, tensor in module.state_dict().items():
+            if not tensor.is_floating_point():
+                tensor.fill_(12_345)
+                state[key] = tensor
+                continue
             centre = 1.0 if tensor.ndim == 1 and not key.endswith("bias") else 0.0
             tensor.copy_(centre + 0.05 * torch.randn(tensor.shape, generator=generator))
             state[key] = tensor
@@ -42,8 +62,14 @@ def flux1_state(*, guidance: bool = True, seed: int = 0) -> dict[str, Tensor]:
     return randomise(network.modulation, network.blocks, seed=seed)
 
 
-def autoencoder_state() -> dict[str, Tensor]:
-    return randomise(Autoencoder(TINY_AUTOENCODER))
+def flux2_state(*, guidance: bool = True, seed: int = 0) -> dict[str, Tensor]:
+    family = FLUX2_DEV if guidance else FLUX2_KLEIN_4B
+    network = build_flux(family, TINY_FLUX2 if guidance else TINY_KLEIN)
+    return randomise(network.modulation, network.blocks, seed=seed)
+
+
+def autoencoder_state(spec: AutoencoderSpec = TINY_AUTOENCODER) -> dict[str, Tensor]:
+    return randomise(Autoencoder(spec))
 
 
 def write(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:

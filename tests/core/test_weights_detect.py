@@ -17,12 +17,8 @@ from glassbox.flux_core.families import (
 from glassbox.flux_core.image.autoencoder import Autoencoder
 from glassbox.flux_core.specs import AutoencoderSpec, TransformerSpec
 from glassbox.flux_core.weights.check import shapes_of
-from glassbox.flux_core.weights.detect import (
-    choose_family,
-    differences,
-    spec_of_autoencoder,
-    spec_of_flux,
-)
+from glassbox.flux_core.weights.choose import choose_family, differences
+from glassbox.flux_core.weights.detect import spec_of_autoencoder, spec_of_flux
 from glassbox.flux_core.weights.kinds import (
     AUTOENCODERS,
     PARTS,

@@ -235,8 +235,8 @@ Change = Callable[[dict[str, Tensor]], object]
             "quantised to scaled float8.*bfloat16 file",
         ),
         (
-            lambda state: state.update({"double_stream_modulation_img.lin.weight": torch.ones(1)}),
-            "FLUX.2 transformer",
+            lambda state: state.update({"early_stream_modulations.a.weight": torch.ones(1)}),
+            "FLUX.3 transformer",
         ),
     ],
 )
@@ -275,7 +275,10 @@ def test_files_of_other_parts_are_refused_with_the_right_loader(tmp_path: Path) 
     [
         (lambda state: state.pop("encoder.conv_in.weight"), r"1 is missing \(encoder\.conv_in"),
         (lambda state: state.pop("encoder.mid.attn_1.q.bias"), r"1 is missing \(encoder\.mid"),
-        (lambda state: state.update({"bn.running_mean": torch.zeros(2)}), "FLUX.2 autoencoder"),
+        (
+            lambda state: state.update({"bn.running_mean": torch.zeros(2)}),
+            "16 channels at 1/8.*32 channels at 1/8, as FLUX.2",
+        ),
         (
             lambda state: state.update({"quant_conv.weight": torch.zeros(2, 2, 1, 1)}),
             "Stable Diffusion 1 to XL",

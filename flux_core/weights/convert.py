@@ -1,0 +1,116 @@
+"""Which number types a module's tensors get, and the reading of them from a file.
+
+Parameters have one type, the one asked for or most of the file's own. Buffers, such as FLUX.2's
+batch statistics, keep the type their module gives them.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .files import Checkpoint
+from .header import ANOTHER_FILE
+from .layout import Layout
+from .report import dtype_name
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """The type of every tensor that a file gives a module."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    target: torch.dtype  # of the parameters
+    fixed: Mapping[str, torch.dtype]  # of the buffers, by our names
+
+    def read(self, device: torch.device | str | None) -> dict[str, Tensor]:
+        """Make our tensors one by one; what needs no change is the file's own memory."""
+        recipes = self.layout.recipes
+        mapped = self.checkpoint.read(part for one in recipes.values() for part in one.parts)
+        state: dict[str, Tensor] = {}
+        for key, recipe in recipes.items():
+            made = recipe.make([mapped.pop(part) for part in recipe.parts])
+            state[key] = made.to(device=device, dtype=self._type(key))
+        return state
+
+    def notes(self) -> list[str]:
+        """Tell what was converted, and what was left alone."""
+        types = Counter(
+            (self.checkpoint.dtypes[part], self._type(key))
+            for key, recipe in self.layout.recipes.items()
+            for part in recipe.parts
+        )
+        notes = [
+            f"converted from {dtype_name(given)} to {dtype_name(made)}: "
+            f"{count} of {types.total()} tensors"
+            for (given, made), count in types.most_common()
+            if given != made
+        ]
+        if self.layout.others:
+            others = self.layout.others
+            notes.append(f"tensors of other parts in the same file, left alone: {others}")
+        return notes
+
+    def _type(self, key: str) -> torch.dtype:
+        return self.fixed.get(key, self.target)
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    asked: torch.dtype | None,
+    fixed: Mapping[str, torch.dtype],
+) -> Conversion:
+    """Choose one dtype for all parameters: what is asked for, or what most of the file has.
+
+    Args:
+        checkpoint, layout: the file.
+        asked: None keeps the file's own, with float8 widened to bfloat16.
+        fixed: types of the module's buffers, by our names.
+
+    Raises:
+        CheckpointError: what is to be a fraction is stored as something else.
+    """
+    weights: Counter[torch.dtype] = Counter()
+    for key, recipe in layout.recipes.items():
+        for part in recipe.parts:
+            dtype = checkpoint.dtypes[part]
+            is_count = key in fixed and not fixed[key].is_floating_point
+            if not dtype.is_floating_point and not is_count:
+                raise CheckpointError(
+                    f"{checkpoint.path.name} stores weights as {dtype_name(dtype)}.",
+                    "weights as bfloat16, float16, float32 or plain float8.",
+                    "choose the bfloat16 file of this model.",
+                )
+            if key not in fixed:
+                weights[dtype] += math.prod(checkpoint.shapes[part])
+    target = asked
+    if target is None:
+        target = weights.most_common(1)[0][0]
+        if target not in _FLOATS:  # float8 widens to bfloat16 exactly
+            target = torch.float32 if target == torch.float64 else torch.bfloat16
+    return Conversion(checkpoint, layout, target, fixed)
+
+
+def check_statistics(checkpoint: Checkpoint, mean: Tensor, variance: Tensor) -> None:
+    """Refuse statistics that no picture can have given, and that would spoil every latent.
+
+    Raises:
+        CheckpointError: a mean is not finite, or a variance not finite and above 0.
+    """
+    means = int((~mean.isfinite()).sum())
+    variances = int((~variance.isfinite() | (variance <= 0)).sum())
+    if means or variances:
+        raise CheckpointError(
+            f"{checkpoint.path.name} holds {means} means (bn.running_mean) and {variances} "
+            f"variances (bn.running_var) of {mean.numel()} that cannot be.",
+            "finite means, and finite variances above 0.",
+            ANOTHER_FILE,
+        )
