@@ -26,6 +26,14 @@ def transformer_bytes(spec: TransformerSpec, tokens: int, batch: int, element_by
     return math.ceil(batch * tokens * spec.hidden * widths * element_bytes)
 
 
+def attended_bytes(spec: TransformerSpec, tokens: int, batch: int, element_bytes: int) -> int:
+    """Count what a block takes to see so many tokens that are no part of the sequence.
+
+    Their keys and values are joined with the sequence's, and may be copied once more.
+    """
+    return 4 * batch * tokens * spec.hidden * element_bytes
+
+
 def plan_bytes(spec: TransformerSpec, steps: int, batch: int, element_bytes: int) -> int:
     """Count what the modulation of every block takes for so many steps."""
     vectors = 12 * spec.double_blocks + 3 * spec.single_blocks + 2

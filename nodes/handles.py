@@ -21,10 +21,11 @@ from ..flux_core.specs import LatentSpec
 from ..flux_core.types import Image, Latent, Sigmas
 from ..flux_core.values import Conditioning, TextFeatures, Tokens
 from . import host
+from .kept import KeepDuringRun, ReferenceKV, ReferenceStore, choose, keeping
 
 if TYPE_CHECKING:
     from ..flux_core.image.autoencoder import Autoencoder
-    from ..flux_core.text.encoders import TextEncoders
+    from ..flux_core.text.encoders import PromptEncoder
     from ..flux_core.transformer.flux import Flux
 
 
@@ -59,6 +60,7 @@ class ModelHandle:
         self._residency = _Residency(self._modulation, self.patcher)
         self.dtype = network.compute_dtype = dtype
         network.ready = self._residency
+        self._kept = ReferenceStore()
 
     def get_models(self) -> list[Any]:
         """Name every patcher, so that ComfyUI keeps them for the prompt."""
@@ -76,6 +78,7 @@ class ModelHandle:
         sigmas: Sigmas,
         solver: SolverName,
         cfg: TrueCFG | None = None,
+        reference_kv: ReferenceKV = "auto",
     ) -> Tokens:
         """Sample under ComfyUI's progress, previews and cancelling.
 
@@ -83,43 +86,72 @@ class ModelHandle:
             GlassboxError: inputs that do not go together, or more than memory holds.
         """
         steps = len(sigmas) - 1
-        self._make_room(conditioning, noise, steps, cfg)
-        host.tell(sampling_notes(self.network, conditioning, steps=steps, cfg=cfg, noise=noise))
+        keep = self._prepare(conditioning, noise, steps, cfg, choose(reference_kv, self.family))
+        notes = sampling_notes(self.network, conditioning, steps=steps, cfg=cfg, noise=noise)
+        host.tell(notes)
         here = replace(noise, values=noise.values.to(self.device))
-        run = denoise(self.network, conditioning, here, sigmas, cfg=cfg, solver=solver)
+        with keeping(self.network, keep):
+            run = denoise(self.network, conditioning, here, sigmas, cfg=cfg, solver=solver)
+        if keep.notes:
+            host.tell([*notes, *keep.notes])
         last = host.drive(run, noise, self.device)
         return finish(host.to_outputs(last.x), noise)
 
-    def _make_room(
-        self, conditioning: Conditioning, noise: Tokens, steps: int, cfg: TrueCFG | None
-    ) -> None:
-        """Ask for the memory of a run before it starts.
+    def _prepare(
+        self,
+        conditioning: Conditioning,
+        noise: Tokens,
+        steps: int,
+        cfg: TrueCFG | None,
+        reference_kv: ReferenceKV,
+    ) -> KeepDuringRun:
+        """Ask for the memory of a run before it starts; gives how it treats references.
 
         Raises:
             MemoryLimitError: it cannot fit, whatever is unloaded.
         """
         counts = [one.ids.shape[0] for one in (noise, *conditioning.references)]
-        tokens = conditioning.text.txt.shape[1] + sum(counts)
+        texts, references = conditioning.text.txt.shape[1], sum(counts[1:])
         spec, size = self.network.spec, self.dtype.itemsize
         batch = noise.values.shape[0]
         twice = cfg is not None and len(cfg.window(steps)) > 0
         needed = memory.plan_bytes(spec, steps, 2 * batch if twice else batch, size)
         if cfg is not None and twice and cfg.passes == "batched":
             batch *= 2
+        aside = references if self.family.references.see_only_themselves else 0
+        tokens = texts + counts[0] + references - aside
         needed += memory.transformer_bytes(spec, tokens, batch, size)
+        needed += memory.attended_bytes(spec, aside, batch, size)
+        alone = memory.transformer_bytes(spec, aside, batch, size)
         memory.require_memory(
-            needed,
+            needed + alone if reference_kv == "every step" else max(needed, alone),
             host.available_bytes(self.device),
-            f"Sampling {tokens} tokens ({len(counts) - 1} references, batch {batch})",
+            f"Sampling {tokens + aside} tokens ({len(counts) - 1} references, batch {batch})",
             "make the picture or the batch smaller, or use fewer or smaller references.",
         )
         self._residency.activations = needed
+        return KeepDuringRun(
+            {"kept": self._kept, "this run": ReferenceStore()}.get(reference_kv),
+            self._identity(),
+            self.patcher,
+            needed,
+            alone,
+            is_stored=reference_kv == "kept",
+        )
+
+    def _identity(self) -> tuple[object, ...]:
+        """Name what keys and values of references depend on beside them.
+
+        ComfyUI gives a patcher a new uuid whenever patches, such as a LoRA's, are put on it.
+        """
+        patches = [patcher.patches_uuid for patcher in self.get_models()]
+        return (*patches, self.dtype, self.device, host.attention_backend())
 
 
 class TextEncodersHandle:
     """The text encoders: one model to ComfyUI."""
 
-    def __init__(self, encoders: "TextEncoders") -> None:
+    def __init__(self, encoders: "PromptEncoder") -> None:
         devices = host.text_devices()
         self.encoders, self.report = encoders, encoders.report
         # In a list, because a patcher sets attributes that transformers' own models refuse.
@@ -133,7 +165,7 @@ class TextEncodersHandle:
 
     def encode(self, prompt: str, prompt_2: str, t5_tokens: int | None) -> TextFeatures:
         """Encode a prompt; `prompt_2` is T5's, the same when empty."""
-        text = self.encoders.encode(prompt, prompt_2, t5_tokens=t5_tokens)
+        text = self.encoders.encode(prompt, prompt_2, tokens=t5_tokens)
         pooled = None if text.pooled is None else host.to_outputs(text.pooled)
         return replace(text, txt=host.to_outputs(text.txt), pooled=pooled)
 

@@ -30,11 +30,15 @@ from ..flux_core.values import Tokens
 
 logger = logging.getLogger(__name__)
 
+# ComfyUI's classic patcher, to build on. Models are wrapped by `wrap`, which asks ComfyUI's choice.
+Patcher = comfy.model_patcher.ModelPatcher
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_CHOICES = ["auto", *DTYPES]
 _PREVIEW_PX = 512  # the side ComfyUI shrinks previews to
 MAX_SIDE_PX = 16384  # ComfyUI's own MAX_RESOLUTION
 _SHARE_OF_RAM = 0.5  # float32 on a CPU only if the weights fill at most this much of free memory
+_PREVIEWED = (comfy.latent_formats.Flux, comfy.latent_formats.Flux2)
 
 
 # ---- files
@@ -70,6 +74,11 @@ def native_tokenizers() -> tuple[Path, Path]:
     """Give the folders of CLIP-L's and T5's tokenizers, which ComfyUI itself carries."""
     package = Path(mm.__file__).parent
     return package / "sd1_tokenizer", package / "text_encoders" / "t5_tokenizer"
+
+
+def native_qwen_tokenizer() -> Path:
+    """Give the folder of Qwen's tokenizer, which ComfyUI itself carries."""
+    return Path(mm.__file__).parent / "text_encoders" / "qwen25_tokenizer"
 
 
 # ---- devices and dtypes
@@ -125,7 +134,7 @@ def _chosen(choice: str, own: torch.dtype, device: torch.device, parameters: int
         return DTYPES[choice]
     if own not in DTYPES.values():
         own = torch.bfloat16
-    room = _free_bytes(torch.device("cpu")) * _SHARE_OF_RAM
+    room = free_bytes(torch.device("cpu")) * _SHARE_OF_RAM
     if mm.is_device_cpu(device) and own == torch.float32 and parameters * 4 > room:
         return torch.bfloat16
     return own
@@ -203,7 +212,7 @@ def send_away(patcher: Any) -> None:
 
 def available_bytes(device: torch.device) -> float:
     """Count what is free on a device, and what ComfyUI could free there by unloading models."""
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if mm.is_device_cpu(device):
         return free
     return free + sum(
@@ -213,8 +222,28 @@ def available_bytes(device: torch.device) -> float:
     )
 
 
-def _free_bytes(device: torch.device) -> float:
+def free_bytes(device: torch.device) -> float:
+    """Count what is free on a device, without unloading anything."""
     return cast(float, mm.get_free_memory(device))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a device, or the CPU, had no memory left."""
+    if mm.is_oom(error) or isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def attention_backend() -> str:
+    """Name what PyTorch may compute attention with: what was kept under another is not reused."""
+    cuda = torch.backends.cuda
+    allowed = {
+        "flash": cuda.flash_sdp_enabled(),
+        "memory efficient": cuda.mem_efficient_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+    }
+    return ", ".join(name for name, is_allowed in allowed.items() if is_allowed)
 
 
 def require_room(needed: int, job: str, fix: str) -> None:
@@ -236,6 +265,14 @@ def tell(messages: Sequence[str]) -> None:
     server, context = getattr(PromptServer, "instance", None), get_executing_context()
     if messages and server is not None and context is not None:
         server.send_progress_text("\n".join(messages), context.node_id, server.client_id)
+
+
+def is_prompt_running() -> bool:
+    """Tell whether ComfyUI works on a prompt; what it asks for otherwise, a person asked for."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    return server is not None and bool(server.prompt_queue.get_current_queue_volatile()[0])
 
 
 def stop_if_cancelled() -> None:
@@ -276,8 +313,8 @@ def _preview(previewer: Any, step: Step, target: Tokens) -> Any:
 
 def _latent_format(spec: LatentSpec) -> Any:
     """Describe a latent to ComfyUI's previews, in its own words where those fit."""
-    described: Any = comfy.latent_formats.Flux()
+    described: Any = next(one for one in _PREVIEWED if one.latent_channels == spec.channels)()
     if spec.preview_rgb:
         *described.latent_rgb_factors, described.latent_rgb_factors_bias = spec.preview_rgb
-        described.taesd_decoder_name = None  # that one decodes FLUX.1's latents
+        described.taesd_decoder_name = None  # that one decodes the published model's latents
     return described

@@ -10,6 +10,7 @@ from ..flux_core.sampling.noise import MAX_SEED, make_noise
 from ..flux_core.sampling.sigmas import SigmaKind, make_sigmas
 from ..flux_core.sampling.solver import SOLVERS, SolverName
 from . import host
+from .kept import REFERENCE_KV, ReferenceKV
 from .sockets import ConditioningSocket, ModelSocket, TokensSocket
 
 _CATEGORY = "FLUX Glassbox/sampling"
@@ -32,6 +33,20 @@ def _solver_input() -> io.Combo.Input:
         options=list(SOLVERS),
         tooltip="euler: one pass a step, what FLUX was published with. heun: second order, two "
         "passes a step.",
+    )
+
+
+def _reference_kv_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "reference_kv",
+        options=list(REFERENCE_KV),
+        default="auto",
+        optional=True,
+        advanced=True,
+        tooltip="Keys and values of references, on a model trained for it (klein 9B KV). kept: "
+        "computed once and reused by later runs with the same references, which auto does too. "
+        "this run: computed once and let go. every step: computed anew, with the least memory. "
+        "All make the same picture.",
     )
 
 
@@ -92,7 +107,8 @@ class Schedule(io.ComfyNode):
             display_name="Schedule (FLUX)",
             category=_CATEGORY,
             description="Choose the noise level of every step. The flux schedule depends on the "
-            "size of the picture, never on text or references.",
+            "size of the picture, with FLUX.2 on the number of steps too, never on text or "
+            "references.",
             search_aliases=["flux scheduler", "sigmas", "steps", "karras", "shift"],
             inputs=[
                 ModelSocket.Input("model", tooltip="The model that will sample."),
@@ -102,7 +118,8 @@ class Schedule(io.ComfyNode):
                     default=30,
                     min=1,
                     max=1000,
-                    tooltip="1 to 1000. Kontext 30, schnell 4, nano 8.",
+                    tooltip="1 to 1000. Kontext 30, schnell and klein 4, klein base and FLUX.2 dev "
+                    "50, nano Kontext 8, nano klein 4.",
                 ),
                 io.Combo.Input(
                     "kind",
@@ -147,8 +164,8 @@ class SampleGuided(io.ComfyNode):
             node_id="GlassboxSampleGuided",
             display_name="Sample Guided (FLUX)",
             category=_CATEGORY,
-            description="Follow the model from noise to picture, one pass a step, with the "
-            "guidance the model was distilled with.",
+            description="Follow the model from noise to picture, one pass a step. Guidance goes to "
+            "models distilled with it; klein and schnell take none.",
             search_aliases=["ksampler", "flux sampler", "denoise", "basic guider"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From a loader."),
@@ -158,6 +175,7 @@ class SampleGuided(io.ComfyNode):
                     "sigmas", tooltip="From Schedule: falling from at most 1 to 0, one a step."
                 ),
                 _solver_input(),
+                _reference_kv_input(),
             ],
             outputs=[TokensSocket.Output("tokens")],
         )
@@ -171,8 +189,9 @@ class SampleGuided(io.ComfyNode):
         noise: TokensSocket.Type,
         sigmas: io.Sigmas.Type,
         solver: SolverName,
+        reference_kv: ReferenceKV = "auto",
     ) -> io.NodeOutput:
-        return io.NodeOutput(model.sample(conditioning, noise, sigmas, solver))
+        return io.NodeOutput(model.sample(conditioning, noise, sigmas, solver, None, reference_kv))
 
 
 class SampleTrueCFG(io.ComfyNode):
@@ -207,7 +226,8 @@ class SampleTrueCFG(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Scale, 0 to 100; 1 or less runs the positive pass alone.",
+                    tooltip="Scale, 0 to 100, 4 for klein base; 1 or less runs the positive pass "
+                    "alone.",
                 ),
                 io.Float.Input(
                     "start",
@@ -235,6 +255,7 @@ class SampleTrueCFG(io.ComfyNode):
                     "the memory; the two may then differ in length and references.",
                 ),
                 _solver_input(),
+                _reference_kv_input(),
             ],
             outputs=[TokensSocket.Output("tokens")],
         )
@@ -253,6 +274,7 @@ class SampleTrueCFG(io.ComfyNode):
         end: float,
         passes: Passes,
         solver: SolverName,
+        reference_kv: ReferenceKV = "auto",
     ) -> io.NodeOutput:
         settings = TrueCFG(negative=negative, scale=cfg, start=start, end=end, passes=passes)
-        return io.NodeOutput(model.sample(positive, noise, sigmas, solver, settings))
+        return io.NodeOutput(model.sample(positive, noise, sigmas, solver, settings, reference_kv))
