@@ -6,7 +6,8 @@ from .errors import MemoryLimitError
 from .specs import AutoencoderSpec, LatentSpec, TransformerSpec
 
 # Widths of the hidden state alive at once in a block, beside the MLP's. Measured on a CPU with
-# 8,704 tokens: 30 in all in float32, 38 in bfloat16, which rotates in float32.
+# 8,704 tokens: 30 in all in float32, 38 in bfloat16, which rotates in float32. With SwiGLU, 4,352
+# tokens: 26 and 35; its gate needs what GELU's wider MLP does.
 _BLOCK_WIDTHS = 30
 # Elements for each pixel at 128 channels. Measured on a CPU in float32, 256 to 1024 px: 700 to 815
 # and 1,010 to 1,195. comfy/sd.py of Comfy-Org/ComfyUI@14b05228 plans with about twice as much.
@@ -35,8 +36,14 @@ def attended_bytes(spec: TransformerSpec, tokens: int, batch: int, element_bytes
 
 
 def plan_bytes(spec: TransformerSpec, steps: int, batch: int, element_bytes: int) -> int:
-    """Count what the modulation of every block takes for so many steps."""
-    vectors = 12 * spec.double_blocks + 3 * spec.single_blocks + 2
+    """Count what modulation takes for so many steps: every block's, or the one they share.
+
+    Shifts, scales and gates lie in what their layer gave; 1 + scale is held beside it.
+    """
+    doubles, singles = spec.double_blocks, spec.single_blocks
+    if spec.shares_modulation:
+        doubles = singles = 1
+    vectors = 16 * doubles + 4 * singles + 3
     return steps * batch * vectors * spec.hidden * element_bytes
 
 
@@ -47,7 +54,8 @@ def encode_bytes(spec: AutoencoderSpec, pixels: int, element_bytes: int) -> int:
 
 def decode_bytes(spec: AutoencoderSpec, pixels: int, element_bytes: int) -> int:
     """Estimate what decoding one picture of so many pixels takes."""
-    return pixels * _DECODE_PER_PIXEL * element_bytes * spec.channels // _CHANNELS
+    channels = spec.decoder_channels or spec.channels
+    return pixels * _DECODE_PER_PIXEL * element_bytes * channels // _CHANNELS
 
 
 def noise_bytes(latent: LatentSpec, height_px: int, width_px: int, batch: int) -> int:
