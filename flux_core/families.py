@@ -253,6 +253,7 @@ MISTRAL_SMALL_3 = LanguageModelSpec(
     title="Mistral Small 3.2 24B",
     architecture="mistral3",
     hidden=5120,
+    ffn=32768,
     layers=(10, 20, 30),
     tokens=512,
     padding="left",
@@ -267,6 +268,7 @@ QWEN3_8B = LanguageModelSpec(
     title="Qwen3 8B",
     architecture="qwen3",
     hidden=4096,
+    ffn=12288,
     layers=(9, 18, 27),
     tokens=512,
     padding="right",
@@ -274,7 +276,7 @@ QWEN3_8B = LanguageModelSpec(
     before="<|im_start|>user\n",
     behind="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
 )
-QWEN3_4B = replace(QWEN3_8B, title="Qwen3 4B", hidden=2560)
+QWEN3_4B = replace(QWEN3_8B, title="Qwen3 4B", hidden=2560, ffn=9728)
 LANGUAGE_MODELS = (MISTRAL_SMALL_3, QWEN3_8B, QWEN3_4B)
 
 _FLUX2_REFERENCES = ReferenceSpec(trained=6, placement="index")  # dev: recommended at most
@@ -347,6 +349,7 @@ NANO_QWEN3 = replace(
     QWEN3_4B,
     title="Glassbox nano Qwen3",
     hidden=96,
+    ffn=192,
     layers=(1, 2, 3),
     tokens=36,
     heads=4,

@@ -126,6 +126,7 @@ class LanguageModelSpec:
     title: str
     architecture: Literal["qwen3", "mistral3"]
     hidden: int
+    ffn: int
     layers: tuple[int, ...]  # hidden states after so many layers, concatenated
     tokens: int
     padding: Literal["left", "right"]
