@@ -6,7 +6,20 @@ from typing_extensions import override
 from . import host, loading
 from .sockets import AutoencoderSocket, ModelSocket, TextEncodersSocket
 
-_FAMILIES = ["auto", "flux1-kontext", "flux1-dev", "flux1-krea", "flux1-schnell"]
+_FAMILIES = [  # saved graphs hold these: new ones go to the end
+    "auto",
+    "flux1-kontext",
+    "flux1-dev",
+    "flux1-krea",
+    "flux1-schnell",
+    "flux2-dev",
+    "flux2-klein-4b",
+    "flux2-klein-9b",
+    "flux2-klein-9b-kv",
+    "flux2-klein-base-4b",
+    "flux2-klein-base-9b",
+]
+_NANO = {"kontext": "nano-kontext", "klein": "nano-klein"}
 _NONE = "none"
 _CATEGORY = "FLUX Glassbox/loaders"
 
@@ -34,12 +47,16 @@ class LoadNano(io.ComfyNode):
             node_id="GlassboxLoadNano",
             display_name="Load Nano (FLUX)",
             category=_CATEGORY,
-            description="Load the small model that comes with this pack. It has FLUX.1 Kontext's "
-            "architecture and knows coloured shapes on plain backgrounds, no photographs.",
-            search_aliases=["flux nano", "kontext demo", "embedded model", "tiny flux"],
+            description="Load one of the small models that come with this pack. They have the "
+            "architecture of FLUX.1 Kontext or FLUX.2 klein, and know coloured shapes on plain "
+            "backgrounds, no photographs.",
+            search_aliases=["flux nano", "kontext demo", "klein demo", "embedded model"],
             inputs=[
                 io.Combo.Input(
-                    "name", options=["kontext"], tooltip="kontext: edits a picture as told."
+                    "name",
+                    options=list(_NANO),
+                    tooltip="Both edit a picture as told. kontext: FLUX.1 Kontext's architecture, "
+                    "8 steps. klein: FLUX.2 klein's, 4 steps, up to two references.",
                 ),
             ],
             outputs=[
@@ -52,7 +69,7 @@ class LoadNano(io.ComfyNode):
     @classmethod
     @override
     def execute(cls, name: str) -> io.NodeOutput:
-        return io.NodeOutput(*loading.load_nano())
+        return io.NodeOutput(*loading.load_nano(_NANO[name]))
 
 
 class LoadModel(io.ComfyNode):
@@ -63,9 +80,16 @@ class LoadModel(io.ComfyNode):
             node_id="GlassboxLoadModel",
             display_name="Load Model (FLUX)",
             category=_CATEGORY,
-            description="Load a FLUX.1 transformer: the published layout or diffusers', one file "
-            "or any shard of a set.",
-            search_aliases=["flux unet loader", "diffusion model loader", "kontext", "checkpoint"],
+            description="Load a transformer of FLUX.1 or FLUX.2: the published layout or "
+            "diffusers', one file or any shard of a set.",
+            search_aliases=[
+                "flux unet loader",
+                "diffusion model loader",
+                "kontext",
+                "klein",
+                "flux2",
+                "checkpoint",
+            ],
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -77,8 +101,9 @@ class LoadModel(io.ComfyNode):
                     "family",
                     options=_FAMILIES,
                     default="auto",
-                    tooltip="Which model it is. dev, Kontext and Krea share every shape, so auto "
-                    "goes by the file's name and says in the report that it guessed.",
+                    tooltip="Which model it is. FLUX.1 dev, Kontext and Krea share every shape, "
+                    "and so do a klein, its base and its KV: there auto goes by the file's name "
+                    "and says in the report that it guessed.",
                 ),
                 _dtype_input(),
             ],
@@ -105,18 +130,28 @@ class LoadTextEncoders(io.ComfyNode):
             node_id="GlassboxLoadTextEncoders",
             display_name="Load Text Encoders (FLUX)",
             category=_CATEGORY,
-            description="Load CLIP-L and T5, in any order.",
-            search_aliases=["dual clip loader", "flux clip", "t5xxl", "clip_l"],
+            description="Load the text encoders of a model: CLIP-L and T5 for FLUX.1, in any "
+            "order; Qwen3 for FLUX.2 klein; Mistral 3 for FLUX.2 dev.",
+            search_aliases=[
+                "dual clip loader",
+                "flux clip",
+                "t5xxl",
+                "clip_l",
+                "qwen3",
+                "mistral",
+            ],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=host.model_names("text_encoders"),
-                    tooltip="CLIP-L or T5-XXL, in models/text_encoders.",
+                    tooltip="In models/text_encoders. FLUX.1: CLIP-L or T5-XXL. FLUX.2: Qwen3 4B "
+                    "for klein 4B, Qwen3 8B for klein 9B, Mistral 3 for dev.",
                 ),
                 io.Combo.Input(
                     "file_2",
                     options=[_NONE, *host.model_names("text_encoders")],
-                    tooltip="The other one; none if the first file holds both.",
+                    tooltip="FLUX.1: the other one; none if the first file holds both. FLUX.2: "
+                    "none, it has one encoder.",
                 ),
                 _dtype_input(),
             ],
@@ -133,7 +168,7 @@ class LoadTextEncoders(io.ComfyNode):
     def execute(cls, file: str, file_2: str, dtype: str) -> io.NodeOutput:
         names = [name for name in (file, file_2) if name != _NONE]
         files = [host.model_path("text_encoders", name) for name in names]
-        encoders = loading.load_text_encoders(files, dtype, *host.native_tokenizers())
+        encoders = loading.load_text_encoders(files, dtype, loading.native_tokenizers())
         return io.NodeOutput(encoders, encoders.report)
 
 
@@ -145,13 +180,15 @@ class LoadAutoencoder(io.ComfyNode):
             node_id="GlassboxLoadAutoencoder",
             display_name="Load Autoencoder (FLUX)",
             category=_CATEGORY,
-            description="Load the autoencoder (VAE) of FLUX.1: the published layout or diffusers'.",
-            search_aliases=["flux vae loader", "ae.safetensors", "vae"],
+            description="Load the autoencoder (VAE) of FLUX.1 or FLUX.2: the published layout or "
+            "diffusers'.",
+            search_aliases=["flux vae loader", "ae.safetensors", "flux2-vae", "vae"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=host.model_names("vae"),
-                    tooltip="A .safetensors file in models/vae, such as ae.safetensors.",
+                    tooltip="A .safetensors file in models/vae: ae.safetensors for FLUX.1, "
+                    "flux2-vae.safetensors for FLUX.2.",
                 ),
                 _dtype_input(),
             ],

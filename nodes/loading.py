@@ -6,14 +6,15 @@ a model is first loaded.
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from ..flux_core.errors import CheckpointError
-from ..flux_core.families import FAMILIES, FLUX1_KONTEXT, NANO_KONTEXT
-from ..flux_core.specs import ClipT5Spec
+from ..flux_core.families import FAMILIES, FLUX1_KONTEXT
+from ..flux_core.specs import TextSpec
 from . import host
 from .handles import AutoencoderHandle, ModelHandle, TextEncodersHandle
 
@@ -64,41 +65,53 @@ def load_autoencoder(path: Path, dtype: str) -> AutoencoderHandle:
     return shared(("autoencoder", identity([path]), dtype), load)
 
 
+@dataclass(frozen=True, slots=True)
+class Tokenizers:
+    """The folders of the tokenizers that text encoders may need."""
+
+    clip: Path
+    t5: Path
+    qwen: Path
+
+
+def native_tokenizers() -> Tokenizers:
+    """Give the tokenizers that ComfyUI itself carries."""
+    return Tokenizers(*host.native_tokenizers(), host.native_qwen_tokenizer())
+
+
 def load_text_encoders(
-    files: Sequence[Path],
-    dtype: str,
-    clip_tokenizer: Path,
-    t5_tokenizer: Path,
-    text: ClipT5Spec = FLUX1_KONTEXT.text,
+    files: Sequence[Path], dtype: str, tokenizers: Tokenizers, text: TextSpec | None = None
 ) -> TextEncodersHandle:
-    """Load CLIP and T5 from one or two files, in any order."""
+    """Load the text encoders of one model from one or two files, in any order.
+
+    `text` says how long its text is, where the files do not: those of the embedded models.
+    """
     from ..flux_core.weights import text_encoders as weights
 
     def load() -> TextEncodersHandle:
         encoders = weights.load_text_encoders(
             files,
-            clip_tokenizer=clip_tokenizer,
-            t5_tokenizer=t5_tokenizer,
-            text=text,
+            clip_tokenizer=tokenizers.clip,
+            t5_tokenizer=tokenizers.t5,
+            text=text or FLUX1_KONTEXT.text,
             dtype=host.text_dtype(dtype, parameters_of(files)),
             device=host.text_devices()[1],
             operations=host.operations(),
         )
         return TextEncodersHandle(encoders)
 
-    key = ("text", frozenset(identity(files)), dtype, clip_tokenizer, t5_tokenizer, text)
-    return shared(key, load)
+    return shared(("text", frozenset(identity(files)), dtype, tokenizers, text), load)
 
 
-def load_nano() -> tuple[ModelHandle, TextEncodersHandle, AutoencoderHandle]:
-    """Load the embedded model: its transformer, text encoders and autoencoder."""
+def load_nano(name: str) -> tuple[ModelHandle, TextEncodersHandle, AutoencoderHandle]:
+    """Load an embedded model by its family: its transformer, text encoders and autoencoder."""
     from ..flux_core.nano import paths
 
-    files = paths.FILES[NANO_KONTEXT.name]
-    tokenizers = paths.CLIP_TOKENIZER, paths.T5_TOKENIZER
+    family, files = FAMILIES[name], paths.FILES[name]
+    tokenizers = Tokenizers(paths.CLIP_TOKENIZER, paths.T5_TOKENIZER, paths.QWEN_TOKENIZER)
     return (
-        load_model(files.transformer, NANO_KONTEXT.name, "auto"),
-        load_text_encoders(files.text_encoders, "auto", *tokenizers, NANO_KONTEXT.text),
+        load_model(files.transformer, family.name, "auto"),
+        load_text_encoders(files.text_encoders, "auto", tokenizers, family.text),
         load_autoencoder(files.autoencoder, "auto"),
     )
 

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from typing_extensions import override
 
 from ..flux_core.values import TokenCount
+from . import host
 from .sockets import TextEncodersSocket, TextSocket
 
 
@@ -17,9 +18,9 @@ class EncodeText(io.ComfyNode):
             node_id="GlassboxEncodeText",
             display_name="Encode Text (FLUX)",
             category="FLUX Glassbox/text",
-            description="Encode a prompt with CLIP-L and T5, and say how many tokens it took and "
-            "which end of it did not fit.",
-            search_aliases=["clip text encode flux", "prompt", "instruction", "t5"],
+            description="Encode a prompt with a model's text encoders, and say how many tokens it "
+            "took and which end of it did not fit.",
+            search_aliases=["clip text encode flux", "prompt", "instruction", "t5", "qwen"],
             has_intermediate_output=True,
             inputs=[
                 TextEncodersSocket.Input("text_encoders", tooltip="From a loader."),
@@ -27,15 +28,16 @@ class EncodeText(io.ComfyNode):
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What to make, or what to change. CLIP-L takes 77 tokens, T5 512, "
-                    "their begin and end marks included.",
+                    tooltip="What to make, or what to change. CLIP-L takes 77 tokens; T5, Qwen3 "
+                    "and Mistral 512, with the marks and words around the prompt.",
                 ),
                 io.String.Input(
                     "prompt_2",
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="Another text for T5 alone. Empty: the same as prompt.",
+                    tooltip="FLUX.1: another text for T5 alone. Empty: the same as prompt. FLUX.2 "
+                    "has one encoder, which reads prompt alone.",
                 ),
                 io.Int.Input(
                     "t5_tokens",
@@ -43,13 +45,16 @@ class EncodeText(io.ComfyNode):
                     min=0,
                     max=512,
                     advanced=True,
-                    tooltip="Length T5's text is padded or cut to, 1 to 512 tokens; 0 is the "
-                    "encoders' own: 512 for FLUX.1. FLUX.1 [schnell] was trained with 256.",
+                    tooltip="Length of the text, 1 to 512 tokens: what T5, Qwen3 or Mistral read "
+                    "is padded or cut to it. 0 is the encoders' own: 512. FLUX.1 [schnell] was "
+                    "trained with 256.",
                 ),
             ],
             outputs=[
                 TextSocket.Output("text"),
-                io.String.Output("report", tooltip="Tokens used and text cut, for each encoder."),
+                io.String.Output(
+                    "report", tooltip="Tokens used and text cut, for each encoder, and notes."
+                ),
             ],
         )
 
@@ -60,7 +65,8 @@ class EncodeText(io.ComfyNode):
     ) -> io.NodeOutput:
         text = text_encoders.encode(prompt, prompt_2, t5_tokens or None)
         counts = [asdict(count) for count in text.counts]
-        report = "\n".join(_describe(count) for count in text.counts)
+        host.tell(text.notes)
+        report = "\n".join([*map(_describe, text.counts), *text.notes])
         return io.NodeOutput(text, report, ui={"glassbox_text": counts})
 
 

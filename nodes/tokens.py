@@ -9,7 +9,7 @@ from ..flux_core.tokens.ids import place
 from ..flux_core.tokens.inspect import describe_sequence, sequence_report
 from ..flux_core.tokens.pack import latent_tokens, tokens_latent
 from . import host
-from .sockets import ConditioningSocket, TokensSocket
+from .sockets import ConditioningSocket, ModelSocket, TokensSocket
 
 _CATEGORY = "FLUX Glassbox/tokens"
 _FARTHEST = 4096.0  # tokens, or pictures: far beyond any that fits in memory
@@ -43,7 +43,8 @@ class PositionIds(io.ComfyNode):
                 _place_input(
                     "index",
                     1.0,
-                    "Which picture: 0 is the one being made, Kontext's reference is 1.",
+                    "Which picture: 0 is the one being made, Kontext's reference is 1, FLUX.2's "
+                    "are 10, 20, 30 and so on.",
                 ),
                 _place_input("row", 0.0, "Row of the top left token, in tokens of 16 px."),
                 _place_input("column", 0.0, "Column of the top left token, in tokens of 16 px."),
@@ -73,12 +74,14 @@ class PackLatent(io.ComfyNode):
             inputs=[
                 io.Latent.Input(
                     "latent",
-                    tooltip="Sides are multiples of 2 cells (16 px). Without a noise mask.",
+                    tooltip="Sides are multiples of 16 px: 2 cells of FLUX.1, 1 of FLUX.2. Without "
+                    "a noise mask.",
                 ),
                 io.Combo.Input(
                     "latent_format",
                     options=list(LATENTS),
-                    tooltip="Whose autoencoder made it. FLUX.1: 16 channels, 8 px a cell.",
+                    tooltip="Whose autoencoder made it. FLUX.1: 16 channels, 8 px a cell. FLUX.2: "
+                    "128 channels, 16 px a cell.",
                 ),
             ],
             outputs=[TokensSocket.Output("tokens")],
@@ -130,6 +133,11 @@ class InspectTokens(io.ComfyNode):
                 TokensSocket.Input(
                     "noise", optional=True, tooltip="From Noise: adds the target to the sequence."
                 ),
+                ModelSocket.Input(
+                    "model",
+                    optional=True,
+                    tooltip="From a loader: shows the sequence in the order this model reads it.",
+                ),
             ],
             outputs=[io.String.Output("report", tooltip="The same as text, one line a segment.")],
         )
@@ -137,7 +145,11 @@ class InspectTokens(io.ComfyNode):
     @classmethod
     @override
     def execute(
-        cls, conditioning: ConditioningSocket.Type, noise: TokensSocket.Type | None = None
+        cls,
+        conditioning: ConditioningSocket.Type,
+        noise: TokensSocket.Type | None = None,
+        model: ModelSocket.Type | None = None,
     ) -> io.NodeOutput:
-        sequence = describe_sequence(conditioning, noise)
+        rule = None if model is None else model.family.references
+        sequence = describe_sequence(conditioning, noise, rule)
         return io.NodeOutput(sequence_report(sequence), ui={"glassbox_tokens": [sequence]})

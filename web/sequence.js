@@ -6,10 +6,10 @@
  * @typedef {"text" | "target" | "reference"} Kind
  * @typedef {{kind: Kind, name: string, count: number, grid: [number, number] | null,
  *   ids: [string, number, number][]}} Segment
- * @typedef {{segments: Segment[], total: number}} Report
+ * @typedef {{segments: Segment[], total: number, notes?: string[]}} Report
  * @typedef {{kind: Kind, left: number, width: number, label: string, title: string}} Box
  * @typedef {{kind: Kind, name: string, count: string, share: string, grid: string, ids: string}} Row
- * @typedef {{boxes: Box[], rows: Row[], total: string, summary: string}} Layout
+ * @typedef {{boxes: Box[], rows: Row[], total: string, summary: string, notes: string[]}} Layout
  */
 
 const KINDS = ["text", "target", "reference"];
@@ -25,7 +25,8 @@ export function parseReport(value) {
   if (!isRecord(report) || !Array.isArray(report.segments)) return null;
   if (!report.segments.every(isSegment)) return null;
   const segments = /** @type {Segment[]} */ (report.segments);
-  return { segments, total: sum(segments.map((segment) => segment.count)) };
+  const notes = Array.isArray(report.notes) ? report.notes.filter((note) => typeof note === "string") : [];
+  return { segments, total: sum(segments.map((segment) => segment.count)), notes };
 }
 
 /**
@@ -56,7 +57,8 @@ export function layoutSequence(report) {
     grid: segment.grid ? `${segment.grid[0]} × ${segment.grid[1]}` : "–",
     ids: segment.ids.map(formatRange).join(", ") || "–",
   }));
-  return { boxes, rows, total: String(report.total), summary: summarise(report) };
+  const notes = report.notes ?? [];
+  return { boxes, rows, total: String(report.total), summary: summarise(report), notes };
 }
 
 /**

@@ -25,8 +25,9 @@ export function sequenceView() {
       return 40;
     }
     const layout = layoutSequence(report);
-    element.replaceChildren(bar(layout), table(layout));
-    return 76 + 22 * Math.min(layout.rows.length, 8);
+    const notes = layout.notes.map((note) => tag("p", { class: "glassbox-hint" }, note));
+    element.replaceChildren(bar(layout), table(layout), ...notes);
+    return 76 + 22 * Math.min(layout.rows.length, 8) + 44 * notes.length;
   };
   show(undefined);
   return { element, show };

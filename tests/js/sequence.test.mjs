@@ -39,6 +39,14 @@ test("rows tell count, share, grid and id ranges", () => {
   });
 });
 
+test("notes are what the server wrote, and only text", () => {
+  const { notes } = parseReport({ ...REPORT, notes: ["references see themselves alone", 7, null] });
+  assert.deepEqual(notes, ["references see themselves alone"]);
+  assert.deepEqual(layoutSequence({ ...REPORT, notes }).notes, notes);
+  assert.deepEqual(layoutSequence(REPORT).notes, []);
+  assert.deepEqual(parseReport(REPORT).notes, []);
+});
+
 test("the summary says in words what the boxes show", () => {
   assert.equal(
     layoutSequence({ segments: [TEXT, TARGET], total: 4608 }).summary,
