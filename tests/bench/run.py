@@ -26,38 +26,46 @@ from comfy.cli_args import args as comfyui_arguments  # noqa: E402
 comfyui_arguments.cpu = not torch.cuda.is_available()
 comfyui_arguments.use_pytorch_cross_attention = True  # else ComfyUI is slower on a CPU
 
-from glassbox.flux_core.families import FLUX1_KONTEXT  # noqa: E402
+from glassbox.flux_core.families import (  # noqa: E402
+    FLUX1_KONTEXT,
+    FLUX2_KLEIN_9B,
+    FLUX2_KLEIN_9B_KV,
+)
 from glassbox.flux_core.transformer.flux import build_flux  # noqa: E402
-from glassbox.tests.bench import networks  # noqa: E402
+from glassbox.tests.bench import encoders, kept, networks  # noqa: E402
 from glassbox.tests.graph.run_edit import WORKFLOW, node  # noqa: E402
 from glassbox.tests.graph.server import Comfy  # noqa: E402
 
 PEERS = ("diffusers", "comfyui")
+STAGES = ("weights", "equality", "steps", "kept", "encoder", "import", "edit")
 SIDE_TOKENS = 32  # 512 x 512 pixels: 1024 tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", choices=("equality", "steps", "weights", "import", "edit"))
+    parser.add_argument("--only", choices=STAGES)
     options = parser.parse_args()
     print(f"{_machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'what':58} {'figure':>22}  spread")
+    print(f"{'what':72} {'figure':>10}  spread")
+    rounds = options.rounds
     stages: dict[str, Callable[[], None]] = {
         "weights": _weights,
         "equality": _equality,
-        "steps": lambda: _steps(options.rounds),
+        "steps": lambda: _steps(rounds),
+        "kept": lambda: _kept(rounds),
+        "encoder": lambda: _encoder(rounds),
         "import": _import,
         "edit": _edit,
     }
     with torch.inference_mode():
-        for name, stage in stages.items():
+        for name in STAGES:
             if options.only in (None, name):
-                stage()
+                stages[name]()
 
 
 def _row(what: str, figure: str, spread: str = "") -> None:
-    print(f"{what:58} {figure:>22}  {spread}", flush=True)
+    print(f"{what:72} {figure:>10}  {spread}", flush=True)
 
 
 def _machine() -> str:
@@ -85,36 +93,73 @@ def _weights() -> None:
 
 def _equality() -> None:
     """Largest difference of one step, fp32."""
-    small = replace(networks.MID_SPEC, hidden=256, double_blocks=2, single_blocks=2)
-    built = networks.build(small, torch.float32)
-    for references in range(3):
-        step = networks.Step.make(built, 8, references)
-        for peer in PEERS:
-            difference = (step.ours() - getattr(step, peer)()).abs().max().item()
-            _row(f"one step, fp32, {references} references: ours - {peer}", f"{difference:.1e}")
+    for family in (FLUX1_KONTEXT, FLUX2_KLEIN_9B):
+        spec = networks.MID_SPECS[family.name]
+        small = replace(spec, hidden=256, double_blocks=2, single_blocks=2)
+        built = networks.build(family, small, torch.float32)
+        for references in range(3):
+            step = networks.Step.make(built, 8, references)
+            for peer in PEERS:
+                difference = (step.ours() - getattr(step, peer)()).abs().max().item()
+                what = f"{family.name}, one step, fp32, {references} references: ours - {peer}"
+                _row(what, f"{difference:.1e}")
 
 
 def _steps(rounds: int) -> None:
     """Step time, bf16, width 1024: ours / peer, round by round."""
-    built = networks.build(networks.MID_SPEC, torch.bfloat16)
-    for references in range(3):
-        step = networks.Step.make(built, SIDE_TOKENS, references)
-        runs = {name: getattr(step, name) for name in ("ours", *PEERS)}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(rounds + 1):  # the first is a warm-up
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if number:
-                    seconds[name].append(time.perf_counter() - start)
-        for peer in PEERS:
-            ratios = [a / b for a, b in zip(seconds["ours"], seconds[peer], strict=True)]
-            median, ours = statistics.median(ratios), statistics.median(seconds["ours"])
-            _row(
-                f"step time, bf16, {references} references: ours / {peer}",
-                f"{median:.2f}",
-                f"{min(ratios):.2f} to {max(ratios):.2f}, {rounds} rounds, ours {ours:.2f} s",
-            )
+    for family in (FLUX1_KONTEXT, FLUX2_KLEIN_9B):
+        built = networks.build(family, networks.MID_SPECS[family.name], torch.bfloat16)
+        for references in range(3):
+            step = networks.Step.make(built, SIDE_TOKENS, references)
+            seconds = _interleaved(step, rounds)
+            for peer in PEERS:
+                _ratio(
+                    f"{family.name}, step, bf16, {references} references: ours / {peer}",
+                    seconds["ours"],
+                    seconds[peer],
+                )
+
+
+def _kept(rounds: int) -> None:
+    """Four steps over references seen before: peer / ours, and what recomputing costs."""
+    for dtype in (torch.float32, torch.bfloat16):
+        built = kept.build_kept(dtype)
+        for references in (1, 2, 4):
+            run = kept.KeptRun.make(built, references)
+            seconds = _interleaved(run, rounds)
+            for peer in PEERS:
+                _ratio(
+                    f"{FLUX2_KLEIN_9B_KV.name}, again, {str(dtype)[6:]}, {references} references: "
+                    f"{peer} / ours",
+                    seconds[peer],
+                    seconds["ours"],
+                )
+
+
+def _encoder(rounds: int) -> None:
+    """A prompt through the layers that are read, against all layers."""
+    seconds = _interleaved(encoders.Prompt.make(), rounds, ("ours", "transformers"))
+    _ratio("Qwen3 encoder, 512 tokens: all layers / ours", seconds["transformers"], seconds["ours"])
+
+
+def _interleaved(
+    job: object, rounds: int, names: tuple[str, ...] = ("ours", *PEERS)
+) -> dict[str, list[float]]:
+    """Run a job's ways in turn; seconds of each, without the first round."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):  # the first is a warm-up
+        for name in names:
+            start = time.perf_counter()
+            getattr(job, name)()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _ratio(what: str, above: list[float], below: list[float]) -> None:
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rounds"
+    _row(what, f"{statistics.median(ratios):.2f}", spread)
 
 
 def _import() -> None:
