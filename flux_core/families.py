@@ -60,6 +60,7 @@ FLUX1_AUTOENCODER = AutoencoderSpec(
     channels=128, channel_mult=(1, 2, 4, 4), res_blocks=2, norm_groups=32, latent=FLUX1_LATENT
 )
 
+FLUX1_TEXT = ClipT5Spec(clip_tokens=77, t5_tokens=512)
 _FLUX1_TRANSFORMER = TransformerSpec(
     hidden=3072,
     double_blocks=19,
@@ -80,7 +81,7 @@ FLUX1_KONTEXT = FluxFamily(
     title="FLUX.1 Kontext [dev]",
     transformer=_FLUX1_TRANSFORMER,
     latent=FLUX1_LATENT,
-    text=ClipT5Spec(clip_tokens=77, t5_tokens=512),
+    text=FLUX1_TEXT,
     references=ReferenceSpec(trained=1),
     schedule=LinearShift(),
     guidance="embedded",
@@ -94,7 +95,7 @@ FLUX1_DEV = FluxFamily(
     title="FLUX.1 [dev]",
     transformer=_FLUX1_TRANSFORMER,
     latent=FLUX1_LATENT,
-    text=ClipT5Spec(clip_tokens=77, t5_tokens=512),
+    text=FLUX1_TEXT,
     references=ReferenceSpec(trained=0),
     schedule=LinearShift(),
     guidance="embedded",
@@ -108,7 +109,7 @@ FLUX1_KREA = FluxFamily(
     title="FLUX.1 Krea [dev]",
     transformer=_FLUX1_TRANSFORMER,
     latent=FLUX1_LATENT,
-    text=ClipT5Spec(clip_tokens=77, t5_tokens=512),
+    text=FLUX1_TEXT,
     references=ReferenceSpec(trained=0),
     schedule=LinearShift(),
     guidance="embedded",
@@ -122,7 +123,7 @@ FLUX1_SCHNELL = FluxFamily(
     title="FLUX.1 [schnell]",
     transformer=_FLUX1_SCHNELL_TRANSFORMER,
     latent=FLUX1_LATENT,
-    text=ClipT5Spec(clip_tokens=77, t5_tokens=256),
+    text=replace(FLUX1_TEXT, t5_tokens=256),
     references=ReferenceSpec(trained=0),
     schedule=None,
     guidance="none",
@@ -144,7 +145,7 @@ NANO_KONTEXT = FluxFamily(
         pooled_width=128,
     ),
     latent=NANO_FLUX1_LATENT,
-    text=ClipT5Spec(clip_tokens=20, t5_tokens=20),
+    text=ClipT5Spec(title="Glassbox nano CLIP and T5", clip_tokens=20, t5_tokens=20),
     references=ReferenceSpec(trained=1),
     schedule=LinearShift(),
     guidance="embedded",

@@ -22,7 +22,7 @@ _CLIP_NAME = re.compile(
     r"(embeddings\.(token|position)_embedding|encoder\.layers\.\d+|final_layer)"
 )
 _T5_NAME = re.compile(r"(embed_tokens|block\.\d+|final_layer_norm)\.")
-_SCALE_ENDINGS = (".scale_weight", ".weight_scale")  # old and new names of fp8 files
+SCALE_ENDINGS = (".scale_weight", ".weight_scale")  # old and new names of fp8 files
 # Tensors that come along in published files and are not needed to encode a prompt.
 _KNOWN_EXTRAS = re.compile(
     r"(.*\.)?("
@@ -56,11 +56,12 @@ _STRANGERS = (
 class Part:
     """One text encoder inside a file."""
 
-    kind: Kind
+    kind: str  # a Kind, or the title of a language model
     prefix: str  # before every name
     keys: dict[str, str]  # name here -> key in the file
     scales: dict[str, str]  # name here -> key of its fp8 scale
     other: str | None = None  # the model it is, when it is not FLUX.1's
+    generation: str = "FLUX.1"
 
     @property
     def is_whole_file(self) -> bool:
@@ -164,7 +165,7 @@ def check_part(part: Part, needed: Shapes, shapes: Mapping[str, tuple[int, ...]]
         return
     raise CheckpointError(
         f"The file was taken for {part.kind}, but {found}",
-        f"a complete {part.kind} of FLUX.1.",
+        f"a complete {part.kind} of {part.generation}.",
         "choose or download the file again in 'Load Text Encoders (FLUX)'.",
     )
 
@@ -182,7 +183,7 @@ def _part(kind: Kind, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Par
     scales: dict[str, str] = {}
     for name in list(keys):
         stem, dot, ending = name.rpartition(".")
-        if dot + ending in _SCALE_ENDINGS:
+        if dot + ending in SCALE_ENDINGS:
             scales[stem + ".weight"] = keys.pop(name)
     if kind == "T5":
         # One table under one of two names, or under both.
@@ -217,7 +218,7 @@ def _count_layers(part: Part, pattern: str) -> int:
     if count > MOST_BLOCKS:
         raise CheckpointError(
             f"The file was taken for {part.kind}, but it numbers more than {MOST_BLOCKS} layers.",
-            f"a complete {part.kind} of FLUX.1.",
+            f"a complete {part.kind} of {part.generation}.",
             "choose or download the file again in 'Load Text Encoders (FLUX)'.",
         )
     return count
@@ -231,7 +232,7 @@ def _matrix(part: Part, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tup
         raise CheckpointError(
             f"The file was taken for {part.kind}, but its '{name}' is "
             + ("missing." if shape is None else f"{_sides(shape) or 'a single number'}."),
-            f"a complete {part.kind} of FLUX.1.",
+            f"a complete {part.kind} of {part.generation}.",
             "choose or download the file again in 'Load Text Encoders (FLUX)'.",
         )
     return shape[0], shape[1]

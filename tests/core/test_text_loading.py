@@ -253,7 +253,7 @@ def test_a_length_outside_the_bounds_is_refused(
     kit: Kit, clip_file: Path, t5_file: Path, length: int
 ) -> None:
     with pytest.raises(SettingError, match="1 to 512"):
-        kit.load(clip_file, t5_file).encode("red", t5_tokens=length)
+        kit.load(clip_file, t5_file).encode("red", tokens=length)
 
 
 def test_lengths_come_from_the_model(kit: Kit, clip_file: Path, t5_file: Path) -> None:

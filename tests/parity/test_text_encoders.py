@@ -60,7 +60,7 @@ def encode_published(pair: Pair, prompt: str, prompt_2: str | None, length: int)
 @pytest.mark.parametrize("prompt", samples.PROMPTS)
 def test_features_equal_the_published_pipeline(pair: Pair, prompt: str, length: int) -> None:
     txt, pooled = encode_published(pair, prompt, None, length)
-    features = pair.ours.encode(prompt, t5_tokens=length)
+    features = pair.ours.encode(prompt, tokens=length)
     assert features.txt.shape == (1, length, samples.T5_WIDTH)
     assert features.pooled is not None
     torch.testing.assert_close(features.txt, txt, atol=TOLERANCE, rtol=0)
