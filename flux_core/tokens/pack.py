@@ -5,6 +5,7 @@ reshape and permute, without einops.
 """
 
 from ..errors import ShapeError
+from ..families import LATENTS
 from ..specs import LatentSpec
 from ..types import Latent, TokenValues
 from ..values import Tokens
@@ -25,10 +26,14 @@ def pack_latent(latent: Latent, spec: LatentSpec) -> TokenValues:
         ShapeError: another channel count, or a side that does not divide.
     """
     if latent.ndim != 4 or latent.shape[1] != spec.channels or not latent.shape[0]:
+        channels = latent.shape[1] if latent.ndim == 4 else 0
+        kin = [one.name for one in LATENTS.values() if one.channels == channels != spec.channels]
+        whose = f", as those of {' and '.join(kin)} have" if kin else ""
         raise ShapeError(
-            f"The latent has shape {tuple(latent.shape)}.",
+            f"The latent has shape {tuple(latent.shape)}{whose}.",
             f"(batch, {spec.channels}, height, width) for {spec.name}, with a batch of 1 or more.",
-            "choose the latent format that made it, or the autoencoder of this family.",
+            "choose the latent_format that made it in 'Pack Latent (FLUX)', or the autoencoder of "
+            "this family.",
         )
     batch, channels, height, width = latent.shape
     patch = spec.patch

@@ -9,7 +9,17 @@ import pytest
 from PIL import Image, ImageChops
 
 from glassbox.tests.browser.frontend import Frontend
-from glassbox.tests.graph.workflows import NAMES, api_form, ui_form
+from glassbox.tests.graph.workflows import (
+    NAMES,
+    NOTES,
+    api_form,
+    default,
+    input_specs,
+    saved_widgets,
+    ui_form,
+    widget_names,
+    with_defaults,
+)
 
 pytestmark = pytest.mark.browser
 Json = dict[str, Any]
@@ -24,8 +34,9 @@ def test_workflow_opens_as_saved_and_sends_what_its_api_form_says(
     ui = ui_form(name)
     frontend.load(ui, name)
     assert frontend.page.evaluate(_UNKNOWN) == []
-    assert _kept(frontend.saved()) == _kept(ui)
-    assert frontend.api_form() == api_form(name)
+    schemas = frontend.comfy.object_info()
+    assert _kept(frontend.saved()) == _kept(_with_additions(ui, schemas))
+    assert frontend.api_form() == with_defaults(api_form(name), schemas)
 
 
 def test_editing_in_the_browser_gives_the_pixels_of_the_api(frontend: Frontend) -> None:
@@ -37,7 +48,7 @@ def test_editing_in_the_browser_gives_the_pixels_of_the_api(frontend: Frontend) 
         assert one.size == other.size
         assert ImageChops.difference(one.convert("RGB"), other.convert("RGB")).getbbox() is None
         saved = json.loads(other.info["workflow"])
-    assert _kept(saved) == _kept(ui_form(name))
+    assert _kept(saved) == _kept(_with_additions(ui_form(name), comfy.object_info()))
 
 
 def _run_afresh(frontend: Frontend) -> Json:
@@ -51,6 +62,23 @@ def _run_afresh(frontend: Frontend) -> Json:
         if not any(cached):
             return history
     raise AssertionError("ComfyUI has kept results through /free")
+
+
+def _with_additions(ui: Json, schemas: Json) -> Json:
+    """A saved workflow with what nodes have gained since: widgets at their defaults, outputs."""
+    ui = json.loads(json.dumps(ui))
+    for node in ui["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        schema = schemas[node["type"]]
+        values, specs = saved_widgets(node, schema), input_specs(schema)
+        added = [name for name in widget_names(schema) if name not in values]
+        if added:
+            saved = node.get("widgets_values") or []
+            node["widgets_values"] = [*saved, *(default(specs[name]) for name in added)]
+        missing = len(schema["output"]) - len(node["outputs"])
+        node["outputs"] += [{"links": None}] * missing
+    return ui
 
 
 def _kept(ui: Json) -> Json:

@@ -15,3 +15,12 @@ def tiny_comfy(comfy: "Comfy") -> "Comfy":
 
     tiny.make_models(comfy.models_dir)
     return comfy
+
+
+@pytest.fixture(scope="session")
+def flux2_comfy(tiny_comfy: "Comfy") -> "Comfy":
+    """The same with the tiny models of FLUX.2 beside those of FLUX.1."""
+    from glassbox.tests.graph import tiny_flux2
+
+    tiny_flux2.make_published(tiny_comfy.models_dir)
+    return tiny_comfy

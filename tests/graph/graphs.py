@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from glassbox.tests.graph import tiny
+from glassbox.tests.graph import tiny, tiny_flux2
 
 Link = list[Any]
 
@@ -35,6 +35,12 @@ class Pipeline(Graph):
     ) -> Link:
         node = self.add("GlassboxLoadModel", file=file, family=family, dtype=dtype)
         return self.out(node)
+
+    def klein(self) -> tuple[Link, Link, Link]:
+        """Model, text encoder and autoencoder of the tiny FLUX.2 [klein]."""
+        encoders = self.encoders(tiny_flux2.QWEN_4B_FILE, "none")
+        autoencoder = self.autoencoder(tiny_flux2.AUTOENCODER_FILE)
+        return self.model(tiny_flux2.KLEIN_FILE), encoders, autoencoder
 
     def encoders(self, file: str = tiny.CLIP_FILE, file_2: str = tiny.T5_FILE) -> Link:
         node = self.add("GlassboxLoadTextEncoders", file=file, file_2=file_2, dtype="auto")

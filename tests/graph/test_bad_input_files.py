@@ -133,7 +133,7 @@ def test_a_model_of_another_kind_is_named(tiny_comfy: "Comfy", loader: str, othe
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("double_stream_modulation_img.lin.weight", "FLUX.2"),
+        ("early_stream_modulations.image.lin.weight", "FLUX.3"),
         ("joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "LoRA"),
     ],

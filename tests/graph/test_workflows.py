@@ -2,11 +2,14 @@
 
 import io
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from glassbox.tests.graph import tiny_flux2
 from glassbox.tests.graph.server import Comfy, comfyui_path
 from glassbox.tests.graph.workflows import (
     FOLDER,
@@ -14,15 +17,16 @@ from glassbox.tests.graph.workflows import (
     NANO_NAMES,
     NOTES,
     PICTURES,
+    PUBLISHED_NAMES,
     api_form,
     choices,
     input_specs,
     model_files,
     required_inputs,
+    saved_widgets,
     to_api,
     ui_form,
     upload_pictures,
-    widget_names,
 )
 
 pytestmark = pytest.mark.graph
@@ -37,8 +41,8 @@ def schemas(comfy: Comfy) -> Json:
 
 def test_every_workflow_has_both_forms() -> None:
     assert [path.stem for path in sorted((FOLDER / "api").glob("*.json"))] == NAMES
-    assert len(NANO_NAMES) == 4
-    assert len(NAMES) == 5
+    assert len(NANO_NAMES) == 5
+    assert len(NAMES) == 11
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,17 +124,15 @@ def test_every_widget_has_its_saved_value_and_every_node_its_name(name: str, sch
         if node["type"] in NOTES:
             continue
         assert node["properties"]["Node name for S&R"] == node["type"]
-        widgets = list(widget_names(schemas[node["type"]]))
-        assert len(node.get("widgets_values") or []) == len(widgets), node["type"]
+        saved_widgets(node, schemas[node["type"]])  # refuses a value too many or too few
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_seed_changes_by_itself(name: str, schemas: Json) -> None:
     for node in ui_form(name)["nodes"]:
         if node["type"] not in NOTES:
-            names = widget_names(schemas[node["type"]])
-            values = zip(names, node.get("widgets_values") or [], strict=True)
-            assert dict(values).get("control_after_generate", "fixed") == "fixed"
+            values = saved_widgets(node, schemas[node["type"]])
+            assert values.get("control_after_generate", "fixed") == "fixed"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,23 +147,38 @@ def test_pictures_keep_their_size_through_the_graph(name: str) -> None:
         assert graph[fit]["inputs"]["method"] in ("pad", "stretch")  # a crop would not come back
 
 
-def test_loaders_of_published_files_say_where_to_get_them() -> None:
-    loaders = [n for n in ui_form("03_kontext_edit")["nodes"] if "Load" in n["type"]]
-    folders = {"diffusion_models", "text_encoders", "vae"}
-    named = []
+@pytest.mark.parametrize("name", PUBLISHED_NAMES)
+def test_loaders_of_published_files_say_where_to_get_them(name: str) -> None:
+    ui = ui_form(name)
+    loaders = [n for n in ui["nodes"] if n["type"].startswith("GlassboxLoad")]
+    (note,) = (n["widgets_values"][0] for n in ui["nodes"] if n["type"] in NOTES)
+    assert len(loaders) == 3
     for node in loaders:
-        for model in node["properties"].get("models", []):
-            assert model["name"] in node["widgets_values"]
-            assert model["directory"] in folders
+        chosen = {value for value in node["widgets_values"] if str(value).endswith(".safetensors")}
+        assert {model["name"] for model in node["properties"]["models"]} == chosen
+        assert chosen
+        for model in node["properties"]["models"]:
+            assert model["directory"] in {"diffusion_models", "text_encoders", "vae"}
             assert re.fullmatch(r"https://huggingface\.co/\S+/resolve/main/\S+", model["url"])
             assert model["url"].endswith("/" + model["name"])
-            named.append(model["name"])
-    assert sorted(named) == [
-        "ae.safetensors",
-        "clip_l.safetensors",
-        "flux1-kontext-dev.safetensors",
-        "t5xxl_fp16.safetensors",
-    ]
+            assert model["name"] in note
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED_NAMES if name != "03_kontext_edit"])
+def test_workflows_of_flux2_run_with_files_of_the_published_names(
+    name: str, comfy: Comfy, schemas: Json
+) -> None:
+    """Random weights of the published layouts and a small photograph; all else as it is saved."""
+    tiny_flux2.make_published(comfy.models_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        photograph = Path(folder) / "example.png"
+        Image.radial_gradient("L").resize((100, 70)).convert("RGB").save(photograph)
+        comfy.upload(photograph)
+    pictures = comfy.images(comfy.run(api_form(name)))
+    assert len(pictures) == 1
+    with Image.open(io.BytesIO(pictures[0])) as picture:
+        assert picture.size == (100, 70)
+        assert len(picture.convert("RGB").getcolors(100 * 70) or []) > 1
 
 
 @pytest.mark.parametrize("name", NANO_NAMES)

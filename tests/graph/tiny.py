@@ -63,30 +63,31 @@ def save(state: Mapping[str, Tensor], path: Path) -> Path:
 def transformer_state(spec: TransformerSpec = TRANSFORMER, *, seed: int = 1) -> dict[str, Tensor]:
     """Random weights of a FLUX.1 transformer, under their published names."""
     network = build_flux(FLUX1_DEV, spec)
-    _fill(network, seed)
+    fill(network, seed)
     return {**network.modulation.state_dict(), **network.blocks.state_dict()}
 
 
 def autoencoder_state(spec: AutoencoderSpec = AUTOENCODER, *, seed: int = 4) -> dict[str, Tensor]:
     """Random weights of an autoencoder, under their published names."""
     autoencoder = Autoencoder(spec)
-    _fill(autoencoder, seed)
+    fill(autoencoder, seed)
     return autoencoder.state_dict()
 
 
 def clip_state(spec: ClipSpec = CLIP) -> dict[str, Tensor]:
     """Random weights of CLIP's text tower, as ComfyUI's clip_l.safetensors names them."""
-    return _random(spec.shapes(), "text_model.", seed=5)
+    return random_state(spec.shapes(), "text_model.", seed=5)
 
 
 def t5_state(spec: T5Spec = T5) -> dict[str, Tensor]:
     """Random weights of T5's encoder, as ComfyUI's t5xxl files name them."""
-    state = _random(spec.shapes(), "encoder.", seed=6)
+    state = random_state(spec.shapes(), "encoder.", seed=6)
     state["shared.weight"] = state.pop("encoder.embed_tokens.weight")
     return state
 
 
-def _fill(module: nn.Module, seed: int) -> None:
+def fill(module: nn.Module, seed: int) -> None:
+    """Give every parameter random values, norms around one."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         centre = 1.0 if ".norm" in name and name.endswith(("weight", "scale")) else 0.0
@@ -94,7 +95,8 @@ def _fill(module: nn.Module, seed: int) -> None:
         parameter.data.copy_(centre + 0.05 * noise)
 
 
-def _random(shapes: Shapes, prefix: str, *, seed: int) -> dict[str, Tensor]:
+def random_state(shapes: Shapes, prefix: str, *, seed: int) -> dict[str, Tensor]:
+    """Random tensors of these shapes, norms around one."""
     generator = torch.Generator().manual_seed(seed)
     return {
         prefix + name: (1.0 if "norm" in name and name.endswith("weight") else 0.0)

@@ -11,6 +11,7 @@ FOLDER = ROOT / "workflows"
 PICTURES = sorted((FOLDER / "input").glob("*.png"))
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 NANO_NAMES = [name for name in NAMES if "_nano_" in name]
+PUBLISHED_NAMES = [name for name in NAMES if "_nano_" not in name]
 NOTES = ("Note", "MarkdownNote")  # the browser's own: they are not sent to the server
 
 Json = dict[str, Any]
@@ -85,6 +86,39 @@ def _has_seed_control(name: str, kind: Any, options: Json) -> bool:
     return bool(options.get("control_after_generate", by_name))
 
 
+def saved_widgets(node: Json, schema: Json) -> dict[str, Any]:
+    """The widgets of a saved node with their values.
+
+    Widgets are only ever appended, as optional inputs: one that was added after the workflow had
+    been saved has no value there, and the server takes its default.
+    """
+    names, values = list(widget_names(schema)), node.get("widgets_values") or []
+    added = set(names[len(values) :])
+    assert added <= set(schema["input"].get("optional", {})), (node["type"], added)
+    assert len(values) <= len(names), node["type"]
+    return dict(zip(names, values, strict=False))
+
+
+def with_defaults(graph: Json, schemas: Json) -> Json:
+    """A graph in API form with every widget it leaves to the server, as the browser sends it."""
+    filled: Json = {}
+    for number, node in graph.items():
+        schema = schemas[node["class_type"]]
+        specs, added = input_specs(schema), dict[str, Any]()
+        for name in widget_names(schema):
+            if name in specs and name not in node["inputs"]:
+                added[name] = default(specs[name])
+        filled[number] = {**node, "inputs": {**node["inputs"], **added}}
+    return filled
+
+
+def default(spec: list[Any]) -> Any:
+    """What an input is when nothing is given for it."""
+    options = spec[1] if len(spec) > 1 else {}
+    offered = choices(spec)
+    return options.get("default", offered[0] if offered else None)
+
+
 def to_api(ui: Json, schemas: Json) -> Json:
     """Turn a saved workflow into the form the server takes, as the browser does."""
     sources = {link[0]: [str(link[1]), link[2]] for link in ui["links"]}
@@ -93,7 +127,7 @@ def to_api(ui: Json, schemas: Json) -> Json:
         if node["type"] in NOTES:
             continue
         schema = schemas[node["type"]]
-        values = zip(widget_names(schema), node.get("widgets_values") or [], strict=True)
+        values = saved_widgets(node, schema).items()
         inputs = {name: value for name, value in values if name in input_specs(schema)}
         for slot in node.get("inputs", []):
             if slot.get("link") is not None:
