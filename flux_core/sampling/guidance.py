@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError, ShapeError
-from ..specs import FluxFamily, TransformerSpec
+from ..specs import FluxFamily, LatentSpec, TransformerSpec
 from ..types import Sigmas, TokenValues
-from ..values import MAX_GUIDANCE, Conditioning, TextFeatures, Tokens
+from ..values import MAX_GUIDANCE, Conditioning, Tokens
 
 Passes = Literal["batched", "in turn"]
 
@@ -150,9 +150,11 @@ def guider(
     Raises:
         ShapeError: "batched" with conditionings of different shapes or places.
         SettingError: "batched" with different guidance.
+        FamilyMismatchError: a conditioning of another model.
 
-    Source: huggingface/diffusers@0.42.1 pipelines/flux/pipeline_flux_kontext.py __call__ (two
-        passes, references in both). Deviation: the sum is float32 whatever the network computes.
+    Source: huggingface/diffusers@0.42.1 pipelines/flux/pipeline_flux_kontext.py __call__,
+        pipelines/flux2/pipeline_flux2_klein.py __call__ (two passes, references in both).
+        Deviation: the sum is float32 whatever the network computes.
     """
     steps = len(sigmas) - 1
     window = range(0) if cfg is None else cfg.window(steps)
@@ -161,6 +163,10 @@ def guider(
     if cfg.passes == "in turn":
         first, second = network.plans([positive, cfg.negative], target, sigmas)
         return CFGInTurn(positive=first, negative=second, scale=cfg.scale, window=window)
+    own = network.family.latent
+    if _kind(positive, own) != _kind(cfg.negative, own):
+        # one of them is another model's: the network refuses it by name, before it computes
+        network.plans([positive, cfg.negative], target, sigmas)
     joined = join(cfg.negative, positive, batch=target.values.shape[0])
     twice = replace(target, values=torch.cat((target.values, target.values)))
     if len(window) == steps:
@@ -202,9 +208,8 @@ def join(negative: Conditioning, positive: Conditioning, *, batch: int) -> Condi
         if values is not other.values or values.shape[0] > 1:  # one shared picture stays one
             values = _stack("reference", values, other.values, batch)
         references.append(replace(one, values=values))
-    return replace(
-        positive, text=TextFeatures(txt=txt, pooled=pooled), references=tuple(references)
-    )
+    text = replace(positive.text, txt=txt, pooled=pooled)
+    return replace(positive, text=text, references=tuple(references))
 
 
 def _check_alike(negative: Conditioning, positive: Conditioning) -> None:
@@ -234,6 +239,14 @@ def _check_alike(negative: Conditioning, positive: Conditioning) -> None:
                 "equal sizes at equal places, to run both as one batch.",
                 f"fit and place them alike, or {_IN_TURN}",
             )
+
+
+def _kind(conditioning: Conditioning, own: LatentSpec) -> tuple[object, ...]:
+    """Tell whose text this is by its widths, and which references are not the model's own."""
+    text = conditioning.text
+    pooled = None if text.pooled is None else text.pooled.shape[-1]
+    latents = [tokens.latent for tokens in conditioning.references if tokens.latent != own]
+    return (text.txt.shape[-1], pooled, *latents)
 
 
 def _stack(what: str, negative: Tensor, positive: Tensor, batch: int) -> Tensor:

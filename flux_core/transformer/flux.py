@@ -24,6 +24,7 @@ from .plan import Plan, ReferencePass
 from .rope import Rope, rope_table
 
 Keep: TypeAlias = Callable[[tuple[Tokens, ...], ReferencePass], Iterable[KeyValue]]
+_Shared: TypeAlias = dict[tuple[object, ...], Iterable[KeyValue]]
 
 
 def _where_it_is(module: nn.Module) -> torch.device:
@@ -101,8 +102,9 @@ class Flux(nn.Module):
             steps.append(0.0)  # what the references are modulated with
         modulations = [self._modulations(one, steps, device) for one in conditionings]
         device = self.ready(self.blocks)
+        shared: _Shared = {}
         return [
-            self._plan(one, target, mods, device)
+            self._plan(one, target, mods, device, shared)
             for one, mods in zip(conditionings, modulations, strict=True)
         ]
 
@@ -172,23 +174,19 @@ class Flux(nn.Module):
         target: Tokens,
         modulations: Sequence[StepModulation],
         device: torch.device,
+        shared: _Shared,
     ) -> Plan:
         txt = self.blocks.txt_in(conditioning.text.txt.to(device, self._dtype()))
         places = [text_ids(txt.shape[1], target.latent), target.ids.cpu()]
         references, kept = None, None
-        if conditioning.references:
+        if conditioning.references and self.family.references.see_only_themselves:
+            key = _same_references(conditioning)
+            if key not in shared:
+                shared[key] = self._keep(conditioning, modulations[-1], device)
+            kept = shared[key]
+        elif conditioning.references:
             references = self._project(conditioning.references, device)
-            ids = [tokens.ids.cpu() for tokens in conditioning.references]
-            if self.family.references.see_only_themselves:
-                computed = ReferencePass(
-                    blocks=self.blocks,
-                    references=references,
-                    rope=self._rope(ids, device),
-                    modulation=modulations[-1],
-                )
-                references, kept = None, self.keep(conditioning.references, computed)
-            else:
-                places += ids
+            places += [tokens.ids.cpu() for tokens in conditioning.references]
         return Plan(
             blocks=self.blocks,
             txt=txt,
@@ -197,6 +195,19 @@ class Flux(nn.Module):
             modulations=modulations,
             kept=kept,
         )
+
+    def _keep(
+        self, conditioning: Conditioning, modulation: StepModulation, device: torch.device
+    ) -> Iterable[KeyValue]:
+        """Ask for what references that see themselves alone are seen as."""
+        ids = [tokens.ids.cpu() for tokens in conditioning.references]
+        computed = ReferencePass(
+            blocks=self.blocks,
+            references=self._project(conditioning.references, device),
+            rope=self._rope(ids, device),
+            modulation=modulation,
+        )
+        return self.keep(conditioning.references, computed)
 
     def _project(self, references: Sequence[Tokens], device: torch.device) -> Tensor:
         """Bring references into the transformer's scale and width: (B, R, hidden)."""
@@ -236,6 +247,15 @@ class Flux(nn.Module):
                     "a batch of 1, or the same batch as the noise.",
                     "set batch_size on 'Noise (FLUX)', or hand over one picture.",
                 )
+
+
+def _same_references(conditioning: Conditioning) -> tuple[object, ...]:
+    """Tell whether conditionings of one run share their references: values, places, guidance."""
+    places = (
+        (id(tokens.values), tokens.ids.cpu().numpy().tobytes())
+        for tokens in conditioning.references
+    )
+    return (conditioning.guidance, *places)
 
 
 def _other_text(
