@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from ..flux_core.errors import CheckpointError
-from ..flux_core.families import FAMILIES, FLUX1_KONTEXT
+from ..flux_core.families import FAMILIES
 from ..flux_core.specs import TextSpec
 from . import host
 from .handles import AutoencoderHandle, ModelHandle, TextEncodersHandle
@@ -93,7 +93,8 @@ def load_text_encoders(
             files,
             clip_tokenizer=tokenizers.clip,
             t5_tokenizer=tokenizers.t5,
-            text=text or FLUX1_KONTEXT.text,
+            qwen_tokenizer=tokenizers.qwen,
+            text=text,
             dtype=host.text_dtype(dtype, parameters_of(files)),
             device=host.text_devices()[1],
             operations=host.operations(),
