@@ -7,7 +7,7 @@ tower), `text_encoders.qwen3_4b.transformer.model.` (whole checkpoints), …
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import CheckpointError, FamilyMismatchError
 from ..specs import LanguageModelSpec
@@ -73,6 +73,8 @@ def language_model_part(
 ) -> LanguageModelPart:
     """Tell which of the wanted models lies behind a prefix, and check the tensors it needs.
 
+    Where several are wanted, a size that no known model has is taken as it is.
+
     Raises:
         FamilyMismatchError: it is another model.
         CheckpointError: tensors are missing, of another shape, or too many.
@@ -81,7 +83,10 @@ def language_model_part(
     has_norms = f"{prefix}layers.0.self_attn.q_norm.weight" in file.shapes
     architecture = "qwen3" if has_norms else "mistral3"
     other = _other_model(file.shapes, prefix)
-    fitting = [one for one in wanted if (one.architecture, one.hidden) == (architecture, hidden)]
+    kin = [one for one in wanted if one.architecture == architecture]
+    fitting = [one for one in kin if one.hidden == hidden]
+    if not fitting and len(wanted) > 1 and kin and (architecture, hidden) not in _OTHER_WIDTHS:
+        fitting = [_of_custom_size(kin[-1], file.shapes, prefix, hidden)]
     if other or not fitting:
         other = other or _OTHER_WIDTHS.get((architecture, hidden), f"a model {hidden} wide")
         raise FamilyMismatchError(
@@ -110,6 +115,27 @@ def language_model_part(
         for key in file.shapes
     )
     return LanguageModelPart(spec, shape, part, depth)
+
+
+def _of_custom_size(
+    kin: LanguageModelSpec, shapes: _Shapes, prefix: str, hidden: int
+) -> LanguageModelSpec:
+    """Take a model of a size that nobody published for an experiment with one that is published."""
+
+    def rows(name: str, usual: int) -> int:
+        shape = shapes.get(f"{prefix}layers.0.{name}.weight", ())
+        return shape[0] if len(shape) == 2 else usual
+
+    queries, keys = (rows(f"self_attn.{one}_proj", 0) // kin.head_dim for one in "qk")
+    heads = (queries, keys) if keys and queries % keys == 0 else (kin.heads, kin.kv_heads)
+    return replace(
+        kin,
+        title=f"{kin.title} in a custom size ({hidden} wide)",
+        hidden=hidden,
+        ffn=rows("mlp.gate_proj", kin.ffn),
+        heads=heads[0],
+        kv_heads=heads[1],
+    )
 
 
 def _needed_part(
