@@ -114,7 +114,18 @@ def main() -> None:
     answer: Answer = {}
     with torch.inference_mode():
         bench = Bench()
-        for check in (_again, _modes, _order, _bound, _memory, _free, _cancel, _cfg, _life):
+        for check in (
+            _again,
+            _modes,
+            _order,
+            _bound,
+            _memory,
+            _free,
+            _cancel,
+            _cfg,
+            _life,
+            _preview,
+        ):
             answer |= check(bench)
     print(json.dumps(answer))
 
@@ -332,6 +343,30 @@ def _life(bench: Bench) -> Answer:
     listed = any(one.model is patcher for one in mm.current_loaded_models)
     del handle, patcher
     return {"life_listed": listed, "life_freed": [one() is None for one in alive]}
+
+
+def _preview(bench: Bench) -> Answer:
+    """Previews of FLUX.2's latents, in ComfyUI's own colours and in given ones."""
+    import comfy.latent_formats
+    import latent_preview
+    import torch
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    args.preview_method = LatentPreviewMethod.Latent2RGB
+    own, rows = bench.family.latent, tuple((0.01 * i, 0.02, -0.03) for i in range(33))
+    latent = torch.randn(1, 128, 3, 6, generator=torch.Generator().manual_seed(1))
+    pictures = list[Any]()
+    for spec in (own, replace(own, preview_rgb=rows)):
+        previewer = latent_preview.get_previewer(
+            torch.device("cpu"), bench.host._latent_format(spec)
+        )
+        pictures.append(previewer.decode_latent_to_preview(latent))
+    theirs = latent_preview.get_previewer(torch.device("cpu"), comfy.latent_formats.Flux2())
+    expected = theirs.decode_latent_to_preview(latent)
+    return {
+        "preview_sizes": [one.size for one in pictures],
+        "preview_equal": [one.tobytes() == expected.tobytes() for one in pictures],
+    }
 
 
 if __name__ == "__main__":

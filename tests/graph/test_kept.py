@@ -96,6 +96,13 @@ def test_they_die_with_their_model(seen: dict[str, Any]) -> None:
     assert seen["life_freed"] == [True] * 5
 
 
+def test_previews_show_flux2s_four_cells_a_token_in_its_colours_or_given_ones(
+    seen: dict[str, Any],
+) -> None:
+    assert seen["preview_sizes"] == [[12, 6], [12, 6]]
+    assert seen["preview_equal"] == [True, False]
+
+
 def test_another_model_that_needs_room_pushes_them_off_tensor_by_tensor(
     moved: dict[str, Any],
 ) -> None:
