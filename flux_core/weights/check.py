@@ -7,8 +7,9 @@ from torch import nn
 from ..errors import CheckpointError
 from .files import Checkpoint
 from .header import ANOTHER_FILE
-from .kinds import PARTS, QUANTISED, Kind, identify
+from .kinds import LORA, PARTS, QUANTISED, Kind, identify
 from .layout import Layout
+from .lora_kind import lora_title
 from .names import shorten
 
 
@@ -38,7 +39,8 @@ def expect_layout(
         kind = identify(keys, checkpoint.metadata, PARTS)
     if kind is not None:
         needed += ", not quantised" if kind in QUANTISED else ""
-        raise CheckpointError(f"{checkpoint.path.name} is {kind.title}.", f"{needed}.", kind.fix)
+        title = lora_title(checkpoint.shapes) if kind == LORA else kind.title
+        raise CheckpointError(f"{checkpoint.path.name} is {title}.", f"{needed}.", kind.fix)
     if layout is None:
         first = ", ".join(map(shorten, sorted(keys)[:3]))
         raise CheckpointError(

@@ -6,7 +6,7 @@ the report names, from the file's name.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,10 +89,10 @@ def _check_family(spec: TransformerSpec, path: Path, family: FluxFamily) -> None
     twins = [one for one in FAMILIES.values() if one.transformer == spec]
     if not _fits(spec, family):
         kin = [one for one in _kin(spec) if _fits(spec, one)]
-        like = f", as {_names(twins or kin[-1:])} has" if kin else ""
+        like = f", as {join_titles(twins or kin[-1:])} has" if kin else ""
         raise _mismatch(f"{path.name} has {_inputs(spec)}{like}.", family)
     if twins and family not in twins:
-        raise _mismatch(f"{path.name} is {_size(spec)}, as {_names(twins)} is.", family)
+        raise _mismatch(f"{path.name} is {_size(spec)}, as {join_titles(twins)} is.", family)
 
 
 def _mismatch(found: str, family: FluxFamily) -> FamilyMismatchError:
@@ -113,7 +113,8 @@ def _size(spec: TransformerSpec) -> str:
     return f"{spec.hidden} wide with {spec.double_blocks} + {spec.single_blocks} blocks"
 
 
-def _names(families: list[FluxFamily]) -> str:
+def join_titles(families: Iterable[FluxFamily]) -> str:
+    """Name families as alternatives."""
     *others, last = (one.title for one in families)
     return f"{', '.join(others)} or {last}" if others else last
 

@@ -29,8 +29,9 @@ QUANTISED = (
     Kind("quantised by SVDQuant or GPTQ", (".qweight", ".wscales"), _BF16),
     Kind("quantised for ComfyUI", (".comfy_quant",), _BF16),
 )
+LORA = Kind("a LoRA", (".lora_A", ".lora_B", ".lora_down", ".lora_up", "_lora1.", ".lokr_"), _OTHER)
 TRANSFORMERS = (
-    Kind("a LoRA", (".lora_A", ".lora_B", ".lora_down", ".lora_up", "_lora1.", ".lokr_"), _OTHER),
+    LORA,
     Kind("a FLUX.3 transformer", ("early_stream_modulations.",), _NATIVE),
     Kind("an Ovis-Image transformer", (".img_mlp.gate_proj.",), _NATIVE),
     Kind("a Chroma transformer", ("distilled_guidance_layer.",), _NATIVE),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import Layout, Recipe, count_numbers, find_prefix, lay_out
+from .layout import Layout, Recipe, Shapes, count_numbers, find_prefix, lay_out
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.")
 # What FLUX.2 has in every layout and FLUX.1 in none: one modulation for all blocks of a kind.
@@ -133,20 +133,33 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         state: published names without a prefix, all tensors of one transformer.
     """
-    hidden = state["img_in.weight"].shape[0]
-    double = count_numbers(state, "double_blocks.")
-    single = count_numbers(state, "single_blocks.")
     theirs: dict[str, Tensor] = {}
-    for name, parts in _tensor_names(_generation(state, ""), double, single):
-        if name not in state:
-            continue  # guidance_in of a model without guidance
+    for name, rows in _rows({key: tuple(tensor.shape) for key, tensor in state.items()}):
         tensor = state[name]
         if name.startswith(_FINAL_MODULATION):
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        rows = [hidden] * (len(parts) - 1)  # q, k and v are as wide as the model
-        sizes = [*rows, tensor.shape[0] - sum(rows)]
-        theirs.update(zip(parts, torch.split(tensor, sizes), strict=True))
+        theirs.update(zip(rows, torch.split(tensor, list(rows.values())), strict=True))
     return theirs
+
+
+def diffusers_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Tell the shapes of what `to_diffusers` gives for tensors of these shapes."""
+    return {
+        part: (count, *shapes[name][1:])
+        for name, rows in _rows(shapes)
+        for part, count in rows.items()
+    }
+
+
+def _rows(shapes: Shapes) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield each of our tensors with the rows that diffusers' tensors have of it."""
+    hidden = shapes["img_in.weight"][0]
+    double = count_numbers(shapes, "double_blocks.")
+    single = count_numbers(shapes, "single_blocks.")
+    for name, parts in _tensor_names(_generation(shapes, ""), double, single):
+        if name in shapes:  # guidance_in is not in every model
+            rows = [hidden] * (len(parts) - 1)  # q, k and v are as wide as the model
+            yield name, dict(zip(parts, [*rows, shapes[name][0] - sum(rows)], strict=True))
 
 
 def _generation(keys: Iterable[str], prefix: str) -> _Generation:

@@ -1,23 +1,18 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from glassbox.flux_core.errors import CheckpointError, FamilyMismatchError
 from glassbox.flux_core.families import (
-    FAMILIES,
     FLUX1_AUTOENCODER,
-    FLUX1_DEV,
-    FLUX1_KONTEXT,
-    FLUX1_KREA,
-    FLUX1_SCHNELL,
+    FLUX2_AUTOENCODER,
+    FLUX2_SMALL_DECODER,
     NANO_AUTOENCODER,
-    NANO_KONTEXT,
+    NANO_FLUX2_AUTOENCODER,
 )
 from glassbox.flux_core.image.autoencoder import Autoencoder
-from glassbox.flux_core.specs import AutoencoderSpec, TransformerSpec
+from glassbox.flux_core.specs import AutoencoderSpec
 from glassbox.flux_core.weights.check import shapes_of
-from glassbox.flux_core.weights.choose import choose_family, differences
 from glassbox.flux_core.weights.detect import spec_of_autoencoder, spec_of_flux
 from glassbox.flux_core.weights.kinds import (
     AUTOENCODERS,
@@ -26,9 +21,13 @@ from glassbox.flux_core.weights.kinds import (
     TRANSFORMERS,
     identify,
 )
-from glassbox.tests.core.checkpoints import TINY_FLUX1, TINY_SCHNELL, flux1_state
-
-FULL, UNGUIDED = FLUX1_DEV.transformer, FLUX1_SCHNELL.transformer
+from glassbox.tests.core.checkpoints import (
+    TINY_FLUX1,
+    TINY_FLUX2,
+    TINY_KLEIN,
+    flux1_state,
+    flux2_state,
+)
 
 
 def tiny_shapes() -> dict[str, tuple[int, ...]]:
@@ -37,10 +36,9 @@ def tiny_shapes() -> dict[str, tuple[int, ...]]:
 
 def test_sizes_are_read_from_shapes() -> None:
     assert spec_of_flux(tiny_shapes()) == TINY_FLUX1
-    assert differences(TINY_FLUX1, FLUX1_DEV) == (
-        "a custom size: width 128, 2 + 3 blocks, text 48 wide"
-    )
-    assert differences(FULL, FLUX1_DEV) == ""
+    for guidance, spec in ((True, TINY_FLUX2), (False, TINY_KLEIN)):
+        state = flux2_state(guidance=guidance)
+        assert spec_of_flux({key: tuple(one.shape) for key, one in state.items()}) == spec
 
 
 @pytest.mark.parametrize(
@@ -64,72 +62,12 @@ def test_what_cannot_be_flux1_is_refused(
         spec_of_flux(shapes)
 
 
-@pytest.mark.parametrize(
-    ("spec", "path", "family", "guessed"),
-    [
-        (FULL, "flux1-dev-kontext_fp8_scaled.safetensors", FLUX1_KONTEXT, True),
-        (FULL, "flux1-kontext-dev.safetensors", FLUX1_KONTEXT, True),
-        (FULL, "FLUX.1-Kontext-dev/transformer", FLUX1_KONTEXT, True),
-        (
-            FULL,
-            "FLUX.1-Krea-dev/transformer/diffusion_pytorch_model-00001-of-00003.safetensors",
-            FLUX1_KREA,
-            True,
-        ),
-        (FULL, "flux1-krea-dev.safetensors", FLUX1_KREA, True),
-        (FULL, "Flux.1_Dev-bf16.safetensors", FLUX1_DEV, True),
-        (FULL, "kontext/somebody's mix.safetensors", FLUX1_DEV, True),
-        (FULL, "flux1-schnell.safetensors", FLUX1_DEV, True),
-        (UNGUIDED, "flux1-schnell.safetensors", FLUX1_SCHNELL, False),
-        (UNGUIDED, "anything.safetensors", FLUX1_SCHNELL, False),
-        (TINY_SCHNELL, "anything.safetensors", FLUX1_SCHNELL, True),
-        (NANO_KONTEXT.transformer, "anything.safetensors", NANO_KONTEXT, False),
-        (TINY_FLUX1, "glassbox_nano_kontext.safetensors", NANO_KONTEXT, True),
-        (TINY_FLUX1, "anything.safetensors", FLUX1_DEV, True),
-    ],
-)
-def test_a_family_is_known_by_shape_or_guessed_from_the_name(
-    spec: TransformerSpec, path: str, family: object, guessed: bool
-) -> None:
-    chosen, known = choose_family(spec, Path("models") / path, {}, None)
-    assert (chosen, known.guessed) == (family, guessed)
-    assert ("guessed" in known.why) == guessed
-
-
-def test_what_the_user_or_the_file_says_goes_before_the_name() -> None:
-    path = Path("flux1-kontext-dev.safetensors")
-    assert choose_family(FULL, path, {}, FLUX1_DEV)[0] == FLUX1_DEV
-    chosen, known = choose_family(FULL, path, {"glassbox_family": "flux1-krea"}, None)
-    assert (chosen, known.why, known.guessed) == (FLUX1_KREA, "named in the file", False)
-
-
-@pytest.mark.parametrize(
-    ("spec", "asked", "said"),
-    [
-        (FULL, FLUX1_SCHNELL, "has a guidance input"),
-        (UNGUIDED, FLUX1_KONTEXT, "has no guidance input"),
-        (replace(FULL, out_channels=128), FLUX1_DEV, "128 out"),
-        (replace(FULL, in_channels=96), None, "96 channels in"),
-    ],
-)
-def test_a_family_that_the_keys_contradict_is_refused(
-    spec: TransformerSpec, asked: object, said: str
-) -> None:
-    with pytest.raises(FamilyMismatchError, match=said):
-        choose_family(spec, Path("a.safetensors"), {}, asked)
-
-
-def test_a_family_that_the_file_contradicts_is_refused() -> None:
-    metadata = {"glassbox_family": "nano-kontext"}
-    with pytest.raises(FamilyMismatchError, match="says that it is Glassbox nano"):
-        choose_family(NANO_KONTEXT.transformer, Path("a"), metadata, FLUX1_KONTEXT)
-
-
-def test_every_family_is_found_by_its_own_hints() -> None:
-    for family in FAMILIES.values():
-        for hint in family.file_hints:
-            path = Path(f"my-{hint}-model.safetensors")
-            assert choose_family(family.transformer, path, {}, None)[0] == family
+def test_flux2_is_not_taken_for_a_tool_of_flux1_by_its_128_channels() -> None:
+    state = flux2_state()
+    shapes = {key: tuple(one.shape) for key, one in state.items()}
+    assert spec_of_flux(shapes).in_channels == 128
+    with pytest.raises(CheckpointError, match="3 axes"):
+        spec_of_flux(shapes | {"txt_in.weight": (128, 48, 1)})
 
 
 @pytest.mark.parametrize(
@@ -137,6 +75,9 @@ def test_every_family_is_found_by_its_own_hints() -> None:
     [
         (FLUX1_AUTOENCODER, True),  # Stable Diffusion 3's has the same shape
         (NANO_AUTOENCODER, False),
+        (FLUX2_AUTOENCODER, False),
+        (FLUX2_SMALL_DECODER, False),
+        (NANO_FLUX2_AUTOENCODER, False),
     ],
 )
 def test_a_known_autoencoder_is_known_by_its_shape(spec: AutoencoderSpec, guessed: bool) -> None:
@@ -152,6 +93,34 @@ def test_an_autoencoder_of_another_size_is_taken_for_flux1s_unless_the_file_says
     found, known = spec_of_autoencoder(shapes, {})
     assert (found.latent, found.norm_groups) == (FLUX1_AUTOENCODER.latent, 32)
     assert known.guessed
+
+
+def test_what_makes_flux2s_latents_is_told_from_what_makes_flux1s() -> None:
+    shapes = shapes_of(Autoencoder(replace(FLUX2_AUTOENCODER, channels=64), device="meta"))
+    found, known = spec_of_autoencoder(shapes, {})
+    assert (found.latent, found.patch) == (FLUX2_AUTOENCODER.latent, 2)
+    assert known.guessed
+    found, known = spec_of_autoencoder(shapes, {"glassbox_family": "nano-klein"})
+    assert (found.latent, found.norm_groups) == (NANO_FLUX2_AUTOENCODER.latent, 2)
+    assert not known.guessed
+    with pytest.raises(FamilyMismatchError, match=r"nano Kontext, and is built like FLUX\.2's"):
+        spec_of_autoencoder(shapes, {"glassbox_family": "nano-kontext"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"decoder.conv_in.weight": (512, 16, 3, 3)}, "16 channels at 1/8.*32 channels.*FLUX.2"),
+        ({"decoder.up.0.block.0.conv1.weight": (40, 256, 3, 3)}, "decoder 40.*32 must divide both"),
+        ({"encoder.down.4.block.0.conv1.weight": (512, 512, 3, 3)}, "at 1/16"),
+    ],
+)
+def test_what_cannot_be_flux2s_autoencoder_is_refused(
+    changes: dict[str, tuple[int, ...]], said: str
+) -> None:
+    shapes = shapes_of(Autoencoder(FLUX2_AUTOENCODER, device="meta")) | changes
+    with pytest.raises(CheckpointError, match=said):
+        spec_of_autoencoder(shapes, {})
 
 
 @pytest.mark.parametrize(
@@ -177,6 +146,7 @@ def test_what_cannot_be_the_autoencoder_is_refused(
         ("double_stream_modulation_img.lin.weight", "FLUX.2 transformer"),
         ("double_stream_modulation_img.linear.weight", "FLUX.2 transformer"),
         ("early_stream_modulations.image.lin.weight", "FLUX.3 transformer"),
+        ("double_blocks.0.img_mlp.gate_proj.weight", "Ovis-Image"),
         ("distilled_guidance_layer.layers.0.in_layer.weight", "Chroma"),
         ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "HunyuanVideo"),
         ("model.diffusion_model.input_blocks.0.0.weight", "UNet"),
@@ -215,3 +185,12 @@ def test_metadata_gives_a_quantised_file_away() -> None:
 
 def test_a_plain_flux1_file_is_none_of_them() -> None:
     assert identify(tiny_shapes(), {}, (*QUANTISED, *TRANSFORMERS, *AUTOENCODERS)) is None
+
+
+def test_a_plain_flux2_file_is_none_of_them() -> None:
+    keys = flux2_state()
+    assert identify(keys, {}, (*QUANTISED, *TRANSFORMERS)) is None
+    shapes = shapes_of(Autoencoder(FLUX2_AUTOENCODER, device="meta"))
+    assert identify(shapes, {}, (*QUANTISED, *AUTOENCODERS)) is None
+    beside = [key.replace("encoder.quant_conv", "quant_conv") for key in shapes]
+    assert identify(beside, {}, (*QUANTISED, *AUTOENCODERS)) is None

@@ -5,9 +5,19 @@ import torch
 from torch import Tensor
 
 from glassbox.flux_core.errors import CheckpointError
+from glassbox.flux_core.specs import AutoencoderSpec
 from glassbox.flux_core.weights import autoencoder_keys, transformer_keys
 from glassbox.flux_core.weights.layout import Layout, Recipe, count_numbers
-from glassbox.tests.core.checkpoints import autoencoder_state, flux1_state, prefixed, same
+from glassbox.tests.core.checkpoints import (
+    TINY_AUTOENCODER,
+    TINY_FLUX2_AUTOENCODER,
+    TINY_SMALL_DECODER,
+    autoencoder_state,
+    flux1_state,
+    flux2_state,
+    prefixed,
+    same,
+)
 
 Sort = Callable[[Mapping[str, Tensor]], Layout | None]
 
@@ -31,8 +41,11 @@ def sorted_out(sort: Sort, state: Mapping[str, Tensor]) -> tuple[Layout, dict[st
 
 @pytest.mark.parametrize("prefix", transformer_keys.PREFIXES)
 @pytest.mark.parametrize("guidance", [True, False])
-def test_a_transformer_survives_both_layouts_bit_for_bit(prefix: str, guidance: bool) -> None:
-    state = flux1_state(guidance=guidance)
+@pytest.mark.parametrize("make", [flux1_state, flux2_state])
+def test_a_transformer_survives_both_layouts_bit_for_bit(
+    prefix: str, guidance: bool, make: Callable[..., dict[str, Tensor]]
+) -> None:
+    state = make(guidance=guidance)
     theirs = transformer_keys.to_diffusers(state)
     assert not state.keys() & theirs.keys()
     for given, name in ((state, "BFL"), (theirs, "diffusers")):
@@ -42,10 +55,17 @@ def test_a_transformer_survives_both_layouts_bit_for_bit(prefix: str, guidance: 
 
 
 @pytest.mark.parametrize("prefix", autoencoder_keys.PREFIXES)
-def test_an_autoencoder_survives_both_layouts_bit_for_bit(prefix: str) -> None:
-    state = autoencoder_state()
+@pytest.mark.parametrize(
+    "spec",
+    [TINY_AUTOENCODER, TINY_FLUX2_AUTOENCODER, TINY_SMALL_DECODER],
+    ids=["1", "2", "small decoder"],
+)
+def test_an_autoencoder_survives_both_layouts_bit_for_bit(
+    prefix: str, spec: AutoencoderSpec
+) -> None:
+    state = autoencoder_state(spec)
     theirs = autoencoder_keys.to_diffusers(state)
-    assert theirs.keys() & state.keys() == {
+    assert {key for key in theirs.keys() & state.keys() if not key.startswith("bn.")} == {
         f"{part}.{name}.{kind}"
         for part in ("encoder", "decoder")
         for name in ("conv_in", "conv_out")
@@ -62,6 +82,51 @@ def test_the_last_modulations_halves_are_swapped() -> None:
     theirs = transformer_keys.to_diffusers(state)
     shift, scale = state["final_layer.adaLN_modulation.1.weight"].chunk(2)
     assert torch.equal(theirs["norm_out.linear.weight"], torch.cat((scale, shift)))
+
+
+def test_flux2s_last_modulation_is_swapped_and_its_single_blocks_stay_fused() -> None:
+    state = flux2_state()
+    theirs = transformer_keys.to_diffusers(state)
+    shift, scale = state["final_layer.adaLN_modulation.1.weight"].chunk(2)
+    assert torch.equal(theirs["norm_out.linear.weight"], torch.cat((scale, shift)))
+    assert torch.equal(
+        theirs["single_transformer_blocks.2.attn.to_qkv_mlp_proj.weight"],
+        state["single_blocks.2.linear1.weight"],
+    )
+    assert torch.equal(
+        theirs["transformer_blocks.1.attn.to_k.weight"],
+        state["double_blocks.1.img_attn.qkv.weight"].chunk(3)[1],
+    )
+    assert not [key for key in theirs if key.endswith("bias")]
+
+
+def test_the_shapes_of_diffusers_tensors_are_told_without_making_them() -> None:
+    for state in (flux1_state(), flux2_state(guidance=False)):
+        shapes = {key: tuple(one.shape) for key, one in state.items()}
+        theirs = transformer_keys.to_diffusers(state)
+        assert transformer_keys.diffusers_shapes(shapes) == {
+            key: tuple(one.shape) for key, one in theirs.items()
+        }
+
+
+def test_convolutions_beside_encoder_and_decoder_are_brought_inside() -> None:
+    state = autoencoder_state(TINY_FLUX2_AUTOENCODER)
+    outside = {  # as ComfyUI saves it
+        key.replace("encoder.quant", "quant").replace("decoder.post_quant", "post_quant"): one
+        for key, one in state.items()
+    }
+    assert {key for key in outside if "quant" in key} == {
+        f"{name}.{kind}"
+        for name in ("quant_conv", "post_quant_conv")
+        for kind in ("weight", "bias")
+    }
+    layout, made = sorted_out(autoencoder_keys.autoencoder_layout, outside)
+    assert layout.name == "BFL"
+    assert same(made, state)
+    both = state | {"quant_conv.weight": torch.zeros(64, 64, 1, 1)}
+    layout = autoencoder_keys.autoencoder_layout(both)
+    assert layout is not None
+    assert layout.left == ("quant_conv.weight",)
 
 
 def test_fused_rows_are_query_key_value_and_mlp() -> None:
@@ -85,8 +150,11 @@ def test_the_decoders_levels_run_the_other_way_in_diffusers() -> None:
     assert "decoder.up_blocks.3.upsamplers.0.conv.weight" not in theirs
 
 
-def test_norms_that_comfyui_saved_as_weight_are_read() -> None:
-    state = flux1_state()
+@pytest.mark.parametrize("make", [flux1_state, flux2_state])
+def test_norms_that_comfyui_saved_as_weight_are_read(
+    make: Callable[..., dict[str, Tensor]],
+) -> None:
+    state = make()
     renamed = {key.replace("_norm.scale", "_norm.weight"): one for key, one in state.items()}
     assert renamed.keys() != state.keys()
     assert same(sorted_out(transformer_keys.transformer_layout, renamed)[1], state)
