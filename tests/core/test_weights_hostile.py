@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from glassbox.flux_core.errors import CheckpointError
+from glassbox.flux_core.errors import CheckpointError, FamilyMismatchError
+from glassbox.flux_core.specs import AutoencoderSpec
 from glassbox.flux_core.weights.autoencoder_keys import to_diffusers as autoencoder_to_diffusers
 from glassbox.flux_core.weights.files import open_checkpoint
 from glassbox.flux_core.weights.load import load_autoencoder, load_flux
@@ -19,7 +20,14 @@ from glassbox.flux_core.weights.names import shorten
 from glassbox.flux_core.weights.text_encoders import load_text_encoders
 from glassbox.flux_core.weights.text_keys import clip_spec, find_parts, leftover_keys, t5_spec
 from glassbox.flux_core.weights.transformer_keys import to_diffusers as transformer_to_diffusers
-from glassbox.tests.core.checkpoints import autoencoder_state, flux1_state, write
+from glassbox.tests.core.checkpoints import (
+    TINY_AUTOENCODER,
+    TINY_FLUX2_AUTOENCODER,
+    autoencoder_state,
+    flux1_state,
+    flux2_state,
+    write,
+)
 
 ENTRY = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 State = dict[str, Tensor]
@@ -160,7 +168,17 @@ LONG = "long." * 40_000
 
 @pytest.mark.parametrize(
     "names",
-    [[LONG], ["double_blocks.0." + LONG], ["encoder.down.0." + LONG], [CLIP, LONG], [T5, LONG]],
+    [
+        [LONG],
+        ["double_blocks.0." + LONG],
+        ["double_blocks.0." + LONG, "single_stream_modulation." + LONG],
+        ["single_transformer_blocks.0." + LONG, "double_stream_modulation_" + LONG],
+        ["double_blocks.0." + LONG + "lora_A.weight"],
+        ["encoder.down.0." + LONG],
+        ["encoder.down.0." + LONG, "bn." + LONG],
+        [CLIP, LONG],
+        [T5, LONG],
+    ],
 )
 def test_a_long_name_is_shortened_in_every_message(tmp_path: Path, names: list[str]) -> None:
     file = write(tmp_path / "a.safetensors", {name: torch.zeros(2, 2) for name in names})
@@ -178,8 +196,11 @@ def test_a_long_name_is_shortened_in_every_message(tmp_path: Path, names: list[s
         open_checkpoint(file).read(["long." * 50_000])
 
 
-def test_a_long_name_beside_a_whole_model_is_shortened(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.safetensors", flux1_state() | {LONG: torch.zeros(1)})
+@pytest.mark.parametrize("make", [flux1_state, flux2_state])
+def test_a_long_name_beside_a_whole_model_is_shortened(
+    tmp_path: Path, make: Callable[[], State]
+) -> None:
+    file = write(tmp_path / "a.safetensors", make() | {LONG: torch.zeros(1)})
     with refused(r"1 is not known \(long\..*…\)"):
         load_flux(file)
 
@@ -197,13 +218,14 @@ def many(stem: str) -> Callable[[State], State]:
 
 
 @pytest.mark.parametrize("stem", ["double_blocks.", "single_blocks."])
+@pytest.mark.parametrize("make", [flux1_state, flux2_state])
 def test_a_transformer_of_too_many_blocks_is_refused_before_it_is_built(
-    tmp_path: Path, stem: str
+    tmp_path: Path, stem: str, make: Callable[[], State]
 ) -> None:
-    file = write(tmp_path / "a.safetensors", many(stem)(flux1_state()))
+    file = write(tmp_path / "a.safetensors", many(stem)(make()))
     with refused(f"3,002 {stem[:-1]}.*at most 200"):
         load_flux(file)
-    state = many("transformer_blocks.")(transformer_to_diffusers(flux1_state()))
+    state = many("transformer_blocks.")(transformer_to_diffusers(make()))
     with refused("3,002 transformer_blocks.*at most 200"):
         load_flux(write(tmp_path / "b.safetensors", state))
 
@@ -212,14 +234,58 @@ def test_a_transformer_of_too_many_blocks_is_refused_before_it_is_built(
     ("stem", "said"),
     [("encoder.down.", "3,002 encoder.*most 8"), ("encoder.down.0.block.", "3,002 .*at most 16")],
 )
+@pytest.mark.parametrize("spec", [TINY_AUTOENCODER, TINY_FLUX2_AUTOENCODER], ids=["1", "2"])
 def test_an_autoencoder_of_too_many_levels_is_refused_before_it_is_built(
-    tmp_path: Path, stem: str, said: str
+    tmp_path: Path, stem: str, said: str, spec: AutoencoderSpec
 ) -> None:
+    state = autoencoder_state(spec)
     with refused(said):
-        load_autoencoder(write(tmp_path / "a.safetensors", many(stem)(autoencoder_state())))
-    state = many("decoder.up_blocks.")(autoencoder_to_diffusers(autoencoder_state()))
+        load_autoencoder(write(tmp_path / "a.safetensors", many(stem)(state)))
+    state = many("decoder.up_blocks.")(autoencoder_to_diffusers(state))
     with refused("3,002 decoder.up_blocks.*at most 8"):
         load_autoencoder(write(tmp_path / "b.safetensors", state))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 0), (128,), (1, 1), (128, 0), (2**20, 2)])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "img_in.weight",
+        "txt_in.weight",
+        "double_blocks.0.img_mlp.0.weight",
+        "final_layer.linear.weight",
+        "single_stream_modulation.lin.weight",
+    ],
+)
+def test_a_flux2_file_of_impossible_sizes_is_refused(
+    tmp_path: Path, key: str, shape: tuple[int, ...]
+) -> None:
+    state = flux2_state() | {key: torch.empty(shape, dtype=torch.float16)}
+    with pytest.raises((CheckpointError, FamilyMismatchError)) as caught:
+        load_flux(write(tmp_path / "a.safetensors", state))
+    assert caught.value.fix[0].islower()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (128,), (1, 1, 1, 1), (0, 1, 1, 1), (9, 32, 3, 3)])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "bn.running_mean",
+        "encoder.conv_in.weight",
+        "encoder.down.0.block.0.conv1.weight",
+        "decoder.conv_in.weight",
+        "decoder.up.0.block.0.conv1.weight",
+        "encoder.quant_conv.weight",
+    ],
+)
+def test_an_autoencoder_of_impossible_sizes_is_refused(
+    tmp_path: Path, key: str, shape: tuple[int, ...]
+) -> None:
+    state = autoencoder_state(TINY_FLUX2_AUTOENCODER) | {key: torch.zeros(shape)}
+    if key == "bn.running_mean" and shape == (128,):
+        state[key] = torch.zeros(127)  # 128 is what it has
+    with refused("."):
+        load_autoencoder(write(tmp_path / "a.safetensors", state))
 
 
 @pytest.mark.parametrize("number", ["3001", "9" * 12, "9" * 5000])
