@@ -5,7 +5,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 LONGEST_NAME = 80  # characters of a name that a message repeats
-MOST_BLOCKS = 200  # of one kind in one network; FLUX.1 has 38
+MOST_BLOCKS = 200  # of one kind in one network; the largest has 48
 
 
 def is_text(name: str) -> bool:
