@@ -7,7 +7,6 @@ again, bit for bit. A store lives in its model's handle and dies with it.
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -77,12 +76,11 @@ class _KeptBlock(nn.Module):
         self.register_buffer("value", kept.value.contiguous())  # a view into a wide projection
 
 
-@dataclass(frozen=True, slots=True)
 class _Seen:
     """Kept keys and values as a plan reads them: from where they are, or computed anew."""
 
-    patcher: ReplaceablePatcher
-    computed: "ReferencePass"
+    def __init__(self, patcher: ReplaceablePatcher, computed: "ReferencePass") -> None:
+        self.patcher, self.computed = patcher, computed
 
     def __iter__(self) -> Iterator["KeyValue"]:
         from ..flux_core.transformer.blocks import KeyValue
