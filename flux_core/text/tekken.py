@@ -9,7 +9,6 @@ follow small letters.
 """
 
 import base64
-import binascii
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
@@ -37,7 +36,7 @@ def read_tekken(data: bytes) -> "Tokenizer":
     """
     try:
         special, tokens = _parse(data)
-    except (ValueError, LookupError, TypeError, RecursionError, binascii.Error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(str(error) or type(error).__name__) from None
     return _build(special, tokens)
 

@@ -32,8 +32,11 @@ _OTHER_WIDTHS = {
     ("qwen3", 1024): "Qwen3 0.6B",
     ("qwen3", 2048): "Qwen3 1.7B",
     ("qwen3", 5120): "Qwen3 14B or 32B",
-    ("mistral3", 3072): "Ministral 3 3B",
+    ("mistral3", 2048): "Llama 3.2 1B or the like",
+    ("mistral3", 3072): "Ministral 3 3B, Llama 3.2 3B or the like",
     ("mistral3", 4096): "Mistral 7B, Llama 3 8B or the like",
+    ("mistral3", 8192): "Llama 3 70B or the like",
+    ("mistral3", 12288): "Mistral Large or the like",
 }
 _Shapes = Mapping[str, tuple[int, ...]]
 
