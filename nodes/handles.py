@@ -122,7 +122,8 @@ class ModelHandle:
         tokens = texts + counts[0] + references - aside
         needed += memory.transformer_bytes(spec, tokens, batch, size)
         needed += memory.attended_bytes(spec, aside, batch, size)
-        alone = memory.transformer_bytes(spec, aside, batch, size)
+        pictures = max((one.values.shape[0] for one in conditioning.references), default=1)
+        alone = memory.transformer_bytes(spec, aside, pictures, size)
         memory.require_memory(
             needed + alone if reference_kv == "every step" else max(needed, alone),
             host.available_bytes(self.device),
@@ -134,8 +135,8 @@ class ModelHandle:
             {"kept": self._kept, "this run": ReferenceStore()}.get(reference_kv),
             self._identity(),
             self.patcher,
-            needed,
-            alone,
+            step_bytes=needed,
+            token_bytes=memory.transformer_bytes(spec, 1, 1, size),
             is_stored=reference_kv == "kept",
         )
 

@@ -133,7 +133,8 @@ class KeepDuringRun:
             every step.
         identity: what keys and values depend on beside the references: weights, dtype and so on.
         blocks: the patcher of the network's blocks.
-        step_bytes, pass_bytes: activations of one step, and of the references' own pass.
+        step_bytes: activations of one step.
+        token_bytes: activations of one token, for the references' own pass.
         is_stored: whether the store outlives the run.
     """
 
@@ -142,13 +143,13 @@ class KeepDuringRun:
         store: ReferenceStore | None,
         identity: tuple[object, ...],
         blocks: host.Patcher,
-        step_bytes: int,
-        pass_bytes: int,
         *,
+        step_bytes: int,
+        token_bytes: int,
         is_stored: bool,
     ) -> None:
         self._store, self._identity, self._is_stored = store, identity, is_stored
-        self._blocks, self._step_bytes, self._pass_bytes = blocks, step_bytes, pass_bytes
+        self._blocks, self._step_bytes, self._token_bytes = blocks, step_bytes, token_bytes
         self._used: dict[str, ReplaceablePatcher] = {}
         self.notes: list[str] = []
 
@@ -186,7 +187,7 @@ class KeepDuringRun:
         if device == torch.device("cpu"):  # elsewhere what is kept counts as what can be freed
             available += store.held_bytes
         store.make_room(needed, available * _SHARE_OF_DEVICE, self._used)
-        activations = max(self._step_bytes, self._pass_bytes)
+        activations = max(self._step_bytes, self._pass_bytes(computed))
         if activations + needed > host.available_bytes(device):
             return None
         try:
@@ -199,8 +200,13 @@ class KeepDuringRun:
 
     def _in_every_step(self, computed: "ReferencePass", note: str) -> Iterable["KeyValue"]:
         self._tell(note)
-        host.bring([self._blocks, *self._used.values()], self._step_bytes + self._pass_bytes)
+        activations = self._step_bytes + self._pass_bytes(computed)
+        host.bring([self._blocks, *self._used.values()], activations)
         return computed
+
+    def _pass_bytes(self, computed: "ReferencePass") -> int:
+        pictures, tokens = computed.references.shape[:2]
+        return pictures * tokens * self._token_bytes
 
     def _tell(self, note: str) -> None:
         if note not in self.notes:

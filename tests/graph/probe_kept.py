@@ -217,7 +217,7 @@ def _memory(bench: Bench) -> Answer:
         return needed[0] if needed else available(device)
 
     def recorded(*arguments: Any, **settings: Any) -> Any:
-        needed.append(max(arguments[3:5]))  # a step, or the references' own pass
+        needed.append(settings["step_bytes"])  # enough for it, and for the references' own pass
         return keep(*arguments, **settings)
 
     bench.host.available_bytes, bench.handles.KeepDuringRun = tight, recorded
