@@ -85,6 +85,7 @@ def test_sequence_outlives_a_reload_and_is_not_copied_to_a_clone(frontend: Front
             node.graph.add(copy);
             copy.pos = [node.pos[0], node.pos[1] + 400];
             node.inputs.forEach((slot, i) => {
+                if (slot.link == null) return;
                 const link = node.graph.links.get(slot.link);
                 node.graph.getNodeById(link.origin_id).connect(link.origin_slot, copy, i);
             });

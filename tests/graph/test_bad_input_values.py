@@ -180,7 +180,7 @@ def test_tokens_of_another_latent_are_named(tiny_comfy: "Comfy") -> None:
     latent = graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1)
     nano = graph.add("GlassboxPackLatent", latent=graph.out(latent), latent_format="FLUX.1 nano")
     graph.save(graph.decode(graph.autoencoder(), graph.out(nano)))
-    refused(tiny_comfy, graph, "GlassboxUnpackAndDecode", "FLUX.1 nano", "autoencoder")
+    refused(tiny_comfy, graph, "GlassboxUnpackAndDecode", "FLUX.1 nano", "Load Autoencoder")
 
 
 # ---- text
