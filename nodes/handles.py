@@ -38,15 +38,17 @@ class _Residency:
     It knows the patchers, not the network: a network that held its handle would never be freed.
     """
 
-    def __init__(self, modulation: Any, blocks: Any) -> None:
-        self.modulation, self.blocks = modulation, blocks
+    def __init__(self, modulation: Any, blocks: Any, kept: ReferenceStore) -> None:
+        self.modulation, self.blocks, self.kept = modulation, blocks, kept
         self.activations = 0  # bytes the next run needs beside the weights
+        self.uses_kept = False  # whether it may need what was kept last, which then stays
 
     def __call__(self, part: nn.Module) -> torch.device:
         if part is self.modulation.model:
             return host.bring([self.modulation], 0)
         host.send_away(self.modulation)
-        return host.bring([self.blocks], self.activations)
+        beside = self.kept.on_device() if self.uses_kept else []
+        return host.bring([self.blocks, *beside], self.activations)
 
 
 class ModelHandle:
@@ -57,10 +59,10 @@ class ModelHandle:
         self.network, self.family, self.report = network, network.family, report
         self.patcher = host.wrap(network.blocks, devices)
         self._modulation = host.wrap(network.modulation, devices)
-        self._residency = _Residency(self._modulation, self.patcher)
+        self._kept = ReferenceStore()
+        self._residency = _Residency(self._modulation, self.patcher, self._kept)
         self.dtype = network.compute_dtype = dtype
         network.ready = self._residency
-        self._kept = ReferenceStore()
 
     def get_models(self) -> list[Any]:
         """Name every patcher, so that ComfyUI keeps them for the prompt."""
@@ -131,6 +133,7 @@ class ModelHandle:
             "make the picture or the batch smaller, or use fewer or smaller references.",
         )
         self._residency.activations = needed
+        self._residency.uses_kept = reference_kv == "kept" and aside > 0
         return KeepDuringRun(
             {"kept": self._kept, "this run": ReferenceStore()}.get(reference_kv),
             self._identity(),

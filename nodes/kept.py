@@ -113,6 +113,10 @@ class ReferenceStore:
         self._held[digest] = patcher
         return patcher
 
+    def on_device(self) -> list[ReplaceablePatcher]:
+        """Give what was used last, if any of it is where it computes: the next run may need it."""
+        return [one for one in [*self._held.values()][-1:] if one.loaded_size()]
+
     def add(self, digest: str, patcher: ReplaceablePatcher) -> None:
         """Keep one more, as the last used."""
         self._held[digest] = patcher
