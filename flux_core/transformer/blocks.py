@@ -163,7 +163,7 @@ class DoubleBlock(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """Update references x (B, R, hidden) that see themselves alone; also what others see."""
         q, k, v = self.img_attn.project(modulate(x, mod[0]), rope)
-        kept = KeyValue(k, v)
+        kept = KeyValue(k, v.contiguous())  # v is a view into a wide projection
         return (x if is_last else self._finish_image(x, attend(q, k, v), mod)), kept
 
     def _finish_image(self, img: Tensor, attention: Tensor, mod: tuple[Shift, ...]) -> Tensor:
@@ -203,7 +203,7 @@ class SingleBlock(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """Update references x (B, R, hidden) that see themselves alone; also what others see."""
         projected, q, k, v = self._project(x, mod, rope)
-        kept = KeyValue(k, v)
+        kept = KeyValue(k, v.contiguous())  # v is a view into a wide projection
         return (x if is_last else self._finish(x, projected, attend(q, k, v), mod)), kept
 
     def _project(self, x: Tensor, mod: Shift, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
