@@ -241,5 +241,5 @@ def _check_finite(features: Tensor, encoder: str) -> None:
         raise NonFiniteError(
             f"{encoder} gave NaN or infinity in {str(features.dtype).removeprefix('torch.')}.",
             "finite text features.",
-            f"Set dtype to bfloat16 or float32 in {LOADER}, or download the file again.",
+            f"set dtype to bfloat16 or float32 in {LOADER}, or download the file again.",
         )

@@ -27,7 +27,7 @@ _CLIP_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _T5_FILES = (("tokenizer.json",), ("spiece.model",))
 _QWEN_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _MISTRAL_FILES = (("tokenizer.json",), ("tekken.json",))
-_REINSTALL = "Install the pack (or ComfyUI, which brings the tokenizers) again."
+_REINSTALL = "install the pack (or ComfyUI, which brings the tokenizers) again."
 _ALONGSIDE = (
     "choose ComfyUI's mistral_3_small_flux2 file, which carries its tokenizer, or put the "
     "tokenizer files into the folder of the encoder, in 'Load Text Encoders (FLUX)'."
@@ -269,7 +269,7 @@ def _read(kind: str, folder: Path, name: str) -> _Tokenizer:
     try:
         return loader.from_pretrained(os.fspath(folder), local_files_only=True)
     except Exception as error:  # the library's own error for a broken file has no type
-        raise _unreadable(folder, name, error) from error
+        raise _unreadable(folder, name, error, _REINSTALL) from error
 
 
 def _read_backend(file: Path, name: str) -> _Backend:
@@ -279,14 +279,14 @@ def _read_backend(file: Path, name: str) -> _Backend:
     try:
         return cast(_Backend, Tokenizer.from_str(file.read_text(encoding="utf-8")))
     except Exception as error:  # the library's own error for a broken file has no type
-        raise _unreadable(file.parent, name, error) from error
+        raise _unreadable(file.parent, name, error, _ALONGSIDE) from error
 
 
-def _unreadable(folder: Path, name: str, error: Exception) -> CheckpointError:
+def _unreadable(folder: Path, name: str, error: Exception, fix: str) -> CheckpointError:
     return CheckpointError(
         f"The tokenizer of {name} in {folder.name} could not be read ({error}).",
         "the tokenizer files that belong to the text encoder.",
-        _REINSTALL,
+        fix,
     )
 
 
