@@ -18,7 +18,7 @@ from .layout import Layout, Recipe, Shapes, count_numbers, find_prefix, lay_out
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.")
 # What FLUX.2 has in every layout and FLUX.1 in none: one modulation for all blocks of a kind.
 SHARED_MODULATION = ("double_stream_modulation_", "single_stream_modulation.")
-_FINAL_MODULATION = "final_layer.adaLN_modulation.1"
+FINAL_MODULATION = "final_layer.adaLN_modulation.1"
 
 _Names = Mapping[str, tuple[str, ...]]  # our module, diffusers' modules
 
@@ -37,7 +37,7 @@ _COMMON_OUTER = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
     "final_layer.linear": ("proj_out",),
-    _FINAL_MODULATION: ("norm_out.linear",),
+    FINAL_MODULATION: ("norm_out.linear",),
 }
 _COMMON_DOUBLE = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -120,7 +120,7 @@ def transformer_layout(keys: Iterable[str]) -> Layout | None:
     recipes = {
         ours: Recipe(
             tuple(prefix + part for part in theirs),
-            "swap halves" if ours.startswith(_FINAL_MODULATION) else "none",
+            "swap halves" if ours.startswith(FINAL_MODULATION) else "none",
         )
         for ours, theirs in _tensor_names(_generation(keys, prefix), double, single)
     }
@@ -134,9 +134,9 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: published names without a prefix, all tensors of one transformer.
     """
     theirs: dict[str, Tensor] = {}
-    for name, rows in _rows({key: tuple(tensor.shape) for key, tensor in state.items()}):
+    for name, rows in diffusers_rows({key: tuple(tensor.shape) for key, tensor in state.items()}):
         tensor = state[name]
-        if name.startswith(_FINAL_MODULATION):
+        if name.startswith(FINAL_MODULATION):
             tensor = torch.cat(tensor.chunk(2)[::-1])
         theirs.update(zip(rows, torch.split(tensor, list(rows.values())), strict=True))
     return theirs
@@ -146,12 +146,12 @@ def diffusers_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Tell the shapes of what `to_diffusers` gives for tensors of these shapes."""
     return {
         part: (count, *shapes[name][1:])
-        for name, rows in _rows(shapes)
+        for name, rows in diffusers_rows(shapes)
         for part, count in rows.items()
     }
 
 
-def _rows(shapes: Shapes) -> Iterator[tuple[str, dict[str, int]]]:
+def diffusers_rows(shapes: Shapes) -> Iterator[tuple[str, dict[str, int]]]:
     """Yield each of our tensors with the rows that diffusers' tensors have of it."""
     hidden = shapes["img_in.weight"][0]
     double = count_numbers(shapes, "double_blocks.")

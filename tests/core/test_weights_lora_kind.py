@@ -52,7 +52,8 @@ def lora(layers: Sizes, prefix: str = "", ending: str = "A B") -> dict[str, tupl
         ),
         ({"single_stream_modulation.lin": (99, 33)}, "a LoRA for a FLUX.2 transformer of another"),
         ({"single_blocks.0.modulation.lin": (99, 33)}, "a LoRA for a FLUX.1 transformer of anoth"),
-        ({"down_blocks.0.attentions.0.to_q": (320, 320)}, "a LoRA"),
+        ({"down_blocks.0.to_q": (320, 320)}, "a LoRA for Stable Diffusion 1.5 or XL"),
+        ({"somebodys.own.layer": (320, 320)}, "a LoRA"),
     ],
 )
 @pytest.mark.parametrize(
