@@ -232,10 +232,21 @@ def hidden_states(module: nn.Module, ids: Tensor, mask: Tensor, layers: Sequence
     Flux2KleinPipeline._get_qwen3_prompt_embeds.
     """
     run = cast(_LanguageModel, module)
+    shown = mask if bool(mask.all()) else _shown(mask)
     states = run(
-        input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+        input_ids=ids, attention_mask=shown, output_hidden_states=True, use_cache=False
     ).hidden_states
     return torch.cat([states[layer] for layer in layers], dim=-1)  # index 0: the embeddings
+
+
+def _shown(mask: Tensor) -> Tensor:
+    """Say what each place sees: (B, L) to (B, 1, L, L), those before it that are no padding.
+
+    transformers makes the same, except that 4.51 lets padding on the left, which is to see
+    nothing, see everything.
+    """
+    before = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
+    return before & mask.bool()[:, None, None, :]
 
 
 class _States(Protocol):
@@ -279,6 +290,7 @@ def _language_model_class(shape: LanguageModelShape) -> tuple[object, Callable[.
         rope_theta=shape.theta,
         sliding_window=None,
         use_cache=False,
+        attn_implementation="sdpa",  # the one that takes a mask for each place
     )
     return config, build
 
