@@ -280,8 +280,10 @@ QWEN3_8B = LanguageModelSpec(
 QWEN3_4B = replace(QWEN3_8B, title="Qwen3 4B", hidden=2560, ffn=9728)
 LANGUAGE_MODELS = (MISTRAL_SMALL_3, QWEN3_8B, QWEN3_4B)
 
-_FLUX2_REFERENCES = ReferenceSpec(trained=6, placement="index")  # dev: recommended at most
-_KLEIN_REFERENCES = ReferenceSpec(trained=4, placement="index")
+_KLEIN_REFERENCES = ReferenceSpec(
+    trained=4, placement="index", several_px=FLUX2_SEVERAL_REFERENCES.most_px
+)
+_FLUX2_REFERENCES = replace(_KLEIN_REFERENCES, trained=6)  # dev: recommended at most
 FLUX2_DEV = FluxFamily(
     name="flux2-dev",
     title="FLUX.2 [dev]",

@@ -188,6 +188,7 @@ class ReferenceSpec:
     """What references a model knows."""
 
     trained: int  # the most a picture had in training, or that its maker recommends
+    several_px: int = 0  # the most pixels of each where there are several; 0: no such limit
     placement: Placement = "single"
     sequence: tuple[SegmentKind, ...] = ("text", "target", "reference")
     # References see references only, at t = 0: their keys and values hold for every step, prompt

@@ -166,8 +166,15 @@ def _reference_notes(family: FluxFamily, references: tuple[Tokens, ...]) -> list
     """Say where references are more, or lie elsewhere, than the model was trained with."""
     rule, notes = family.references, list[str]()
     if len(references) > rule.trained:
-        trained = rule.trained or "none"
-        notes.append(f"{len(references)} references; the model was trained with {trained}.")
+        most = f"at most {rule.trained}" if rule.trained else "none"
+        notes.append(f"{len(references)} references; {family.title} was made for {most}.")
+    sizes = [one.ids.shape[0] * one.latent.token_px**2 for one in references]
+    if rule.several_px and len(sizes) > 1 and max(sizes) > rule.several_px:
+        notes.append(
+            f"reference {sizes.index(max(sizes)) + 1} has {max(sizes) / 1e6:.1f} megapixels; of "
+            f"several, {family.title} knows at most {rule.several_px / 1e6:.1f}: set size on 'Fit "
+            "Image (FLUX)' to 'FLUX.2 several references'."
+        )
     if rule.placement == "index":
         for number, (one, trained) in enumerate(
             zip(references, place_references(references, "index"), strict=True), 1

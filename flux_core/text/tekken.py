@@ -3,8 +3,8 @@
 Source: huggingface/transformers integrations/mistral/tokenizer.py MistralConverter for the
 vocabulary and its merges.
 
-Deviation: words are split by the rule of the published tokenizer.json of Mistral Small 3.1, which
-FLUX.2 [dev] was trained with, and not by the one tekken names: the two differ where capitals
+Deviation: words are split as the published pipelines of FLUX.2 [dev] split them, by the rule of
+Mistral Small 3.1's tokenizer.json, and not by the one tekken names: the two differ where capitals
 follow small letters.
 """
 

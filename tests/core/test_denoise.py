@@ -328,8 +328,10 @@ def test_an_unused_negative_and_the_price_of_a_used_one_are_said() -> None:
 
 def test_more_references_than_the_family_was_trained_with_are_said() -> None:
     two = conditioning(1, picture(1), picture(2))
-    assert sampling_notes(tiny(), two, steps=4) == ("2 references; the model was trained with 1.",)
-    assert "trained with none" in sampling_notes(tiny(FLUX1_DEV), two, steps=4)[0]
+    assert sampling_notes(tiny(), two, steps=4) == (
+        "2 references; FLUX.1 Kontext [dev] was made for at most 1.",
+    )
+    assert "made for none" in sampling_notes(tiny(FLUX1_DEV), two, steps=4)[0]
 
 
 def test_a_picture_in_the_place_of_noise_and_noise_as_a_reference_are_said() -> None:

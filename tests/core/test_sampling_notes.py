@@ -96,9 +96,19 @@ def test_other_steps_are_said_on_step_distilled_models_only() -> None:
 
 def test_references_beyond_the_trained_number_are_allowed_and_said() -> None:
     many = tiny.conditioning(1, tiny.pictures(1, 2, 3, 4, 5))
-    assert notes(FLUX2_KLEIN_4B, many) == ("5 references; the model was trained with 4.",)
+    assert notes(FLUX2_KLEIN_4B, many) == (
+        "5 references; FLUX.2 [klein] 4B was made for at most 4.",
+    )
     steps = denoise(tiny.network(FLUX2_KLEIN_4B), many, tiny.noise(), linear_sigmas(1))
     assert bool(torch.isfinite(next(iter(steps)).x).all())
+
+
+def test_several_references_that_are_too_large_are_said_and_one_is_not() -> None:
+    rule = replace(FLUX2_KLEIN_4B.references, several_px=2 * 16**2)
+    small = replace(FLUX2_KLEIN_4B, references=rule)
+    (note,) = notes(small, tiny.conditioning(1, tiny.pictures(1, 2)))
+    assert "'FLUX.2 several references'" in note
+    assert notes(small, tiny.conditioning(1, tiny.pictures(1))) == ()
 
 
 @pytest.mark.parametrize("placement", ["offset", "reversed"])

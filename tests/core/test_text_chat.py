@@ -108,7 +108,7 @@ def test_tekken_gives_the_ids_of_the_published_converter(
 
 
 def test_words_are_split_by_the_published_rule_whatever_tekken_names(tmp_path: Path) -> None:
-    """FLUX.2 was trained with the tokenizer.json, where "eBay" is one word."""
+    """FLUX.2's pipelines read the tokenizer.json, where "eBay" is one word."""
     data = json.loads(samples.tekken())
     data["config"]["pattern"] = "."
     other = load_mistral_tokenizer(json.dumps(data).encode())

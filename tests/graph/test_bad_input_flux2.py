@@ -260,7 +260,7 @@ def test_the_autoencoder_never_resizes_by_itself(flux2_comfy: "Comfy") -> None:
 
 def test_more_references_than_it_was_trained_with_run_and_are_said(flux2_comfy: "Comfy") -> None:
     notes = told(flux2_comfy, edit(references=5, seed=61))
-    assert "5 references; the model was trained with 4" in notes
+    assert "5 references; FLUX.2 [klein] 4B was made for at most 4" in notes
 
 
 def test_keeping_references_on_a_plain_klein_is_refused(flux2_comfy: "Comfy") -> None:
