@@ -6,6 +6,7 @@ from typing_extensions import override
 from . import host
 from .images import EncodeAndPack, FitImage, UnpackAndDecode
 from .loaders import LoadAutoencoder, LoadModel, LoadNano, LoadTextEncoders
+from .lora import ApplyLoRA
 from .references import ReferenceConditioner
 from .sampling import Noise, SampleGuided, SampleTrueCFG, Schedule
 from .text import EncodeText
@@ -29,6 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
     PackLatent,
     UnpackLatent,
     InspectTokens,
+    ApplyLoRA,
 ]
 
 

@@ -4,7 +4,8 @@ A handle lives as long as somebody holds it, and holds no reference to itself, s
 the moment its last user lets go.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..flux_core.image.autoencoder import Autoencoder
     from ..flux_core.text.encoders import PromptEncoder
     from ..flux_core.transformer.flux import Flux
+    from ..flux_core.weights.lora_parts import LoraPart
 
 
 _OVERFLOW = "float16 overflows: set dtype to bfloat16 or float32 in 'Load Autoencoder (FLUX)'."
@@ -63,6 +65,22 @@ class ModelHandle:
         self._residency = _Residency(self._modulation, self.patcher, self._kept)
         self.dtype = network.compute_dtype = dtype
         network.ready = self._residency
+        self._base: ModelHandle | None = None
+
+    def with_changes(self, parts: Sequence["LoraPart"]) -> "ModelHandle":
+        """Give a handle on the same weights, with changes on them whenever it computes.
+
+        ComfyUI puts changes on and takes them off as one handle or the other is used, so this one
+        stays as it is. Both share one store of kept references, which tells them apart.
+        """
+        twin = copy(self)
+        twin._base = self  # while it lives, its file is not loaded again
+        twin.network = copy(self.network)  # the same two parts, brought by the twin
+        twin.patcher = host.changed(self.patcher, parts)
+        twin._modulation = host.changed(self._modulation, parts)
+        twin._residency = _Residency(twin._modulation, twin.patcher, self._kept)
+        twin.network.ready = twin._residency
+        return twin
 
     def get_models(self) -> list[Any]:
         """Name every patcher, so that ComfyUI keeps them for the prompt."""

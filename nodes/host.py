@@ -6,13 +6,14 @@
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import comfy.latent_formats
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
 import comfy.utils
+import comfy.weight_adapter
 import folder_paths
 import latent_preview
 import torch
@@ -27,6 +28,9 @@ from ..flux_core.sampling.solver import Step
 from ..flux_core.specs import LatentSpec
 from ..flux_core.tokens.pack import unpack_tokens
 from ..flux_core.values import Tokens
+
+if TYPE_CHECKING:
+    from ..flux_core.weights.lora_parts import LoraPart
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +183,46 @@ def wrap(module: nn.Module, devices: tuple[torch.device, torch.device]) -> Any:
     return comfy.model_patcher.CoreModelPatcher(
         module, load_device=devices[0], offload_device=devices[1]
     )
+
+
+def changed(patcher: Any, parts: Sequence["LoraPart"]) -> Any:
+    """Clone a patcher, and put on the clone those changes that are of its model.
+
+    ComfyUI adds them to the weights when it loads the clone, in its own dtype for LoRAs: float32,
+    or float16 on GPUs that compute well in it. It takes them off for another clone.
+    """
+    clone = patcher.clone()
+    state = patcher.model.state_dict()
+    # One call takes one strength, and each slice once.
+    calls: dict[float, list[dict[object, Any]]] = {}
+    for part in parts:
+        if part.key not in state:
+            continue
+        place = part.key if part.whole else (part.key, (0, part.start, part.rows))
+        groups = calls.setdefault(part.scale, [])
+        group = next((one for one in groups if place not in one), None)
+        if group is None:
+            group = {}
+            groups.append(group)
+        group[place] = _patch(part)
+    for scale, groups in calls.items():
+        for group in groups:
+            clone.add_patches(group, scale)
+    return clone
+
+
+def _patch(part: "LoraPart") -> Any:
+    """Say a change in ComfyUI's words."""
+    from ..flux_core.weights.lora_parts import Kronecker, LowRank
+
+    change = part.change
+    if isinstance(change, LowRank):
+        weights = (change.up, change.down, None, None, None, None)
+        return comfy.weight_adapter.LoRAAdapter(set(), weights)
+    if isinstance(change, Kronecker):
+        factors = (change.first, change.second, *[None] * 7)
+        return comfy.weight_adapter.LoKrAdapter(set(), factors)
+    return ("diff", (change.values,))
 
 
 def bring(patchers: Sequence[Any], activations: int) -> torch.device:

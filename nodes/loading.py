@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from ..flux_core.errors import CheckpointError
+from ..flux_core.errors import CheckpointError, SettingError
 from ..flux_core.families import FAMILIES
 from ..flux_core.specs import TextSpec
 from . import host
@@ -115,6 +115,36 @@ def load_nano(name: str) -> tuple[ModelHandle, TextEncodersHandle, AutoencoderHa
         load_text_encoders(files.text_encoders, "auto", tokenizers, family.text),
         load_autoencoder(files.autoencoder, "auto"),
     )
+
+
+def apply_lora(
+    model: object, path: Path, strength: float, block_strengths: str
+) -> tuple[ModelHandle, str]:
+    """Put a LoRA on what a model socket carries; gives the changed model, and what was found.
+
+    Raises:
+        GlassboxError: the LoRA is of another model, broken or half, or a setting cannot be read.
+    """
+    from ..flux_core.weights.lora import load_lora
+    from ..flux_core.weights.lora_strengths import parse_strengths
+
+    if not isinstance(model, ModelHandle):
+        raise SettingError(
+            "The model is ComfyUI's own MODEL.",
+            "a model from 'Load Model (FLUX)' or 'Load Nano (FLUX)'.",
+            "apply the LoRA with ComfyUI's own 'Load LoRA' before this model reaches our nodes.",
+        )
+    blocks = parse_strengths(block_strengths, model.network.spec)
+    lora = load_lora(path, model.family, model.network.spec)
+    parts = lora.scaled(strength, blocks)
+    report = f"{lora.report}\nstrength {strength:g}"
+    if block_strengths.strip():
+        report += f" times {' '.join(block_strengths.split())}"
+    host.tell([f"{len(lora.report.matched)} of {lora.report.keys} keys used"])
+    unchanged = len({one.key for one in lora.parts}) - len({one.key for one in parts})
+    if unchanged:
+        report += f"\nleft as they are, at strength 0: {unchanged} weights"
+    return model.with_changes(parts), report
 
 
 def fingerprint(folder: str, *names: str) -> str:

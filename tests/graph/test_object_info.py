@@ -35,6 +35,7 @@ NODES = [
     "GlassboxPackLatent",
     "GlassboxUnpackLatent",
     "GlassboxInspectTokens",
+    "GlassboxApplyLoRA",
 ]
 Json = dict[str, Any]
 
