@@ -7,6 +7,7 @@ from . import host
 from .images import EncodeAndPack, FitImage, UnpackAndDecode
 from .loaders import LoadAutoencoder, LoadModel, LoadNano, LoadTextEncoders
 from .lora import ApplyLoRA
+from .native import ApplyToModel, ToConditioning
 from .references import ReferenceConditioner
 from .sampling import Noise, SampleGuided, SampleTrueCFG, Schedule
 from .text import EncodeText
@@ -30,6 +31,8 @@ NODES: list[type[io.ComfyNode]] = [
     PackLatent,
     UnpackLatent,
     InspectTokens,
+    ToConditioning,
+    ApplyToModel,
     ApplyLoRA,
 ]
 

@@ -46,7 +46,7 @@ def place_references(references: Sequence[Tokens], placement: Placement) -> tupl
             "'Reference Conditioner (FLUX)'.",
         )
     if placement == "offset" and len(references) > 1:
-        return _tile(references)
+        return tile(references)
     return tuple(
         place(tokens, index=tokens.latent.first_index + tokens.latent.index_step * number)
         for number, tokens in enumerate(references)
@@ -72,7 +72,7 @@ def check_references(references: Sequence[Tokens]) -> None:
             )
 
 
-def _tile(references: Sequence[Tokens]) -> tuple[Tokens, ...]:
+def tile(references: Sequence[Tokens]) -> tuple[Tokens, ...]:
     """Put each reference right of or below the ones before it, where the canvas grows least."""
     height = width = 0  # extent so far, in tokens
     placed: list[Tokens] = []

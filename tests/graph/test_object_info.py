@@ -35,6 +35,8 @@ NODES = [
     "GlassboxPackLatent",
     "GlassboxUnpackLatent",
     "GlassboxInspectTokens",
+    "GlassboxToConditioning",
+    "GlassboxApplyToModel",
     "GlassboxApplyLoRA",
 ]
 Json = dict[str, Any]

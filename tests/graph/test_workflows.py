@@ -41,8 +41,8 @@ def schemas(comfy: Comfy) -> Json:
 
 def test_every_workflow_has_both_forms() -> None:
     assert [path.stem for path in sorted((FOLDER / "api").glob("*.json"))] == NAMES
-    assert len(NANO_NAMES) == 5
-    assert len(NAMES) == 11
+    assert len(NANO_NAMES) == 6
+    assert len(NAMES) == 12
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,127 @@
+"""What ComfyUI's own FLUX does with references, and how our places get into its sequence.
+
+Its sequence is text | target | references. It places references by a rule of its own that has a
+name, `reference_latents_method`; places that no name stands for are written over its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import SettingError, ShapeError
+from ..types import Ids
+from ..values import Tokens
+from .ids import place
+from .references import tile
+
+Method = Literal["offset", "index"]
+
+
+def native_method(references: Sequence[Tokens]) -> Method | None:
+    """Name ComfyUI's rule that gives these references the ids they have.
+
+    Returns:
+        The rule's name, FLUX.2's own first where both give the same; None where neither does, or
+        there is no reference.
+
+    Source: Comfy-Org/ComfyUI@14b05228 comfy/ldm/flux/model.py _forward.
+    """
+    if not references:
+        return None
+    counted = [
+        place(tokens, index=tokens.latent.index_step * number)
+        for number, tokens in enumerate(references, 1)
+    ]
+    rules: dict[Method, Sequence[Tokens]] = {"offset": tile(references), "index": counted}
+    if references[0].latent.text_axis is not None:
+        rules = dict(reversed(rules.items()))
+    return next((name for name, rule in rules.items() if _are_at(references, rule)), None)
+
+
+def _are_at(references: Sequence[Tokens], others: Sequence[Tokens]) -> bool:
+    pairs = zip(references, others, strict=True)
+    return all(torch.equal(one.ids, other.ids.to(one.ids)) for one, other in pairs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativePlaces:
+    """Our places for the references of ComfyUI's sequence, and the length of our text.
+
+    Tokens are never added here: ComfyUI has put them into the sequence, in the same order.
+    """
+
+    references: tuple[Ids, ...]  # (N, A) each
+    text_tokens: int
+
+    def place(self, img_ids: Tensor, counts: Sequence[int]) -> Tensor:
+        """Write our ids over ComfyUI's for the references.
+
+        Args:
+            img_ids: (B, N + R, A) of target and references.
+            counts: tokens of each reference, as ComfyUI counted them.
+
+        Returns:
+            A new tensor of the same shape, dtype and device.
+
+        Raises:
+            ShapeError: other references than the conditioning's, or a changed sequence.
+        """
+        own = [ids.shape[0] for ids in self.references]
+        if list(counts) != own:
+            raise ShapeError(
+                f"The sampler hands {_described(counts)} to the model, 'Apply To Model (FLUX)' "
+                f"has places for {_described(own)}.",
+                "the same references, in the same order, in the positive and negative prompt.",
+                "wire one conditioning to 'To Conditioning (FLUX)' and 'Apply To Model (FLUX)', "
+                "and the same references to the negative prompt; take native ReferenceLatent off.",
+            )
+        if not own:
+            return img_ids
+        target = img_ids[:, : img_ids.shape[1] - sum(own)]
+        if not target.shape[1] or bool((target[..., 0] != target[0, 0, 0]).any()):
+            raise ShapeError(
+                "Another node has added tokens to the model's sequence.",
+                "the target, then the references, and nothing behind them.",
+                "take the node between the loader and the sampler off that adds them.",
+            )
+        ids = torch.cat(self.references).to(img_ids).expand(img_ids.shape[0], -1, -1)
+        return torch.cat((target, ids), dim=1)
+
+    def trim(self, txt: Tensor, txt_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Take off the empty tokens that ComfyUI puts before a short text of FLUX.2.
+
+        Args:
+            txt: (B, L, hidden), projected; FLUX.2's projection leaves empty tokens at 0.
+            txt_ids: (B, L, A).
+
+        Returns:
+            The text and ids of its own length; both unchanged where this is no text of ours.
+
+        Raises:
+            SettingError: one batch holds our text and one of another length.
+        """
+        extra = txt.shape[1] - self.text_tokens
+        if extra <= 0:
+            return txt, txt_ids
+        empty = (txt == 0).all(dim=-1).long().cumprod(dim=1).sum(dim=1)
+        ours = empty == extra
+        if bool((ours | (empty == txt.shape[1])).all()):  # a zeroed text fits any length
+            return txt[:, extra:], txt_ids[:, : self.text_tokens]
+        if bool(ours.any()):
+            raise SettingError(
+                f"The positive and the negative text differ in length; one has {self.text_tokens} "
+                "tokens.",
+                "equal lengths, which ComfyUI runs as one batch.",
+                "give both the same t5_tokens in 'Encode Text (FLUX)' and bring both through "
+                "'To Conditioning (FLUX)'.",
+            )
+        return txt, txt_ids
+
+
+def _described(counts: Sequence[int]) -> str:
+    if not counts:
+        return "no reference"
+    return f"{len(counts)} references of {', '.join(map(str, counts))} tokens"

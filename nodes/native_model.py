@@ -1,0 +1,118 @@
+"""ComfyUI's own MODEL around a FLUX network: what it must be, and what we put onto a clone of it.
+
+`Any` stands for ComfyUI's own classes, which carry no usable types.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..flux_core.errors import FamilyMismatchError, SettingError
+from ..flux_core.specs import LatentSpec
+from ..flux_core.tokens.native import NativePlaces
+from ..flux_core.values import Conditioning
+
+_NETWORK = ("comfy.ldm.flux.model", "Flux")
+_BASES = ("Flux", "Flux2")  # in comfy.model_base; others share the network with other rules
+_FORWARDS = ("forward", "_forward", "forward_orig", "process_img")
+_GENERATIONS = {3: "FLUX.1", 4: "FLUX.2"}  # by the count of id axes
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceReferences:
+    """A post_input patch: ComfyUI calls it in each pass, once the sequence is put together."""
+
+    places: NativePlaces
+
+    def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Put our ids, and the text's own length, into the sequence."""
+        options = inputs["transformer_options"]
+        if options.get("rope_options"):
+            raise SettingError(
+                "'ScaleROPE' moves all places of this model, 'Apply To Model (FLUX)' sets them.",
+                "one of the two.",
+                "take 'ScaleROPE' off this model.",
+            )
+        counts = options.get("reference_image_num_tokens", [])
+        img_ids = self.places.place(inputs["img_ids"], counts)
+        txt, txt_ids = self.places.trim(inputs["txt"], inputs["txt_ids"])
+        return {**inputs, "img_ids": img_ids, "txt": txt, "txt_ids": txt_ids}
+
+
+def apply_places(model: Any, conditioning: Conditioning) -> Any:
+    """Give a clone of a MODEL our places for the references; what was applied before is replaced.
+
+    Raises:
+        FamilyMismatchError: no FLUX model, or one of the other generation.
+        SettingError: a model that takes more than a picture, or one with replaced code.
+    """
+    network = native_network(model)
+    for tokens in conditioning.references:
+        _check_generation(network, tokens.latent)
+    clone = model.clone()
+    patches = clone.model_options["transformer_options"].get("patches", {})
+    if "post_input" in patches:
+        others = [one for one in patches["post_input"] if not isinstance(one, PlaceReferences)]
+        patches["post_input"] = others
+    places = NativePlaces(
+        references=tuple(tokens.ids for tokens in conditioning.references),
+        text_tokens=conditioning.text.txt.shape[1],
+    )
+    clone.set_model_post_input_patch(PlaceReferences(places))
+    return clone
+
+
+def native_network(model: Any) -> Any:
+    """Find ComfyUI's FLUX network in a MODEL, with its own code.
+
+    Raises:
+        FamilyMismatchError: another model, or one hidden in another class.
+        SettingError: an inpaint or control model, or one with replaced code.
+    """
+    base = getattr(model, "model", None)
+    network: Any = getattr(base, "diffusion_model", None)
+    kind = type(network)
+    if (kind.__module__, kind.__name__) != _NETWORK or type(base).__name__ not in _BASES:
+        raise FamilyMismatchError(
+            f"The MODEL is {type(base).__name__} around {kind.__module__}.{kind.__name__}.",
+            "FLUX.1 or FLUX.2 in ComfyUI's own network.",
+            "load FLUX with 'Load Diffusion Model', or with a GGUF loader; a pack that puts a "
+            "class of its own in the network's place, such as Nunchaku, cannot be used here: take "
+            "an fp8, NVFP4 or GGUF file of the model instead.",
+        )
+    if network.in_channels != network.out_channels:
+        raise SettingError(
+            f"The MODEL takes {network.in_channels} channels a token and gives "
+            f"{network.out_channels}: it is an inpaint or control model.",
+            "a model that takes a noisy picture alone.",
+            "load the model without Fill, Canny or Depth in its name.",
+        )
+    replaced = _replaced(model, network)
+    if replaced:
+        raise SettingError(
+            f"Another node has replaced the network's code: {', '.join(replaced)}.",
+            "ComfyUI's own.",
+            "take that node, or its pack, out: the places of the references would be ignored.",
+        )
+    return network
+
+
+def _replaced(model: Any, network: Any) -> list[str]:
+    """Name the network's methods that are no longer ComfyUI's, with where they come from."""
+    found = [key for key in model.object_patches if key.split(".")[-1] in _FORWARDS]
+    for name in _FORWARDS:
+        code = getattr(getattr(network, name), "__func__", None)
+        where = getattr(code, "__module__", "an object")
+        if name in vars(network) or where != _NETWORK[0]:
+            found.append(f"{name} (from {where})")
+    return found
+
+
+def _check_generation(network: Any, latent: LatentSpec) -> None:
+    """Refuse references of the other generation."""
+    axes = len(network.params.axes_dim)
+    if axes != len(latent.id_axes):
+        raise FamilyMismatchError(
+            f"The references are {latent.name}'s, the MODEL is {_GENERATIONS.get(axes, 'other')}.",
+            "one generation throughout.",
+            "use the autoencoder of the model in 'Encode and Pack (FLUX)'.",
+        )
