@@ -122,7 +122,7 @@ def join_titles(families: Iterable[FluxFamily]) -> str:
 def _telling_name(path: Path) -> str:
     """Take the file's own name, or the folders' where the name is what diffusers always writes."""
     usual = path.name.startswith(("diffusion_pytorch_model", "model"))
-    if path.suffix == ".safetensors" and not usual:
+    if path.suffix in (".safetensors", ".gguf") and not usual:
         return path.stem
     return "/".join(path.parts[-3:])
 

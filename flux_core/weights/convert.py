@@ -6,7 +6,7 @@ batch statistics, keep the type their module gives them.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,31 +32,51 @@ class Conversion:
 
     def read(self, device: torch.device | str | None) -> dict[str, Tensor]:
         """Make our tensors one by one; what needs no change is the file's own memory."""
-        recipes = self.layout.recipes
-        mapped = self.checkpoint.read(part for one in recipes.values() for part in one.parts)
+        uses = {part: key for key, one in self.layout.recipes.items() for part in one.parts}
         state: dict[str, Tensor] = {}
-        for key, recipe in recipes.items():
-            made = recipe.make([mapped.pop(part) for part in recipe.parts])
-            state[key] = made.to(device=device, dtype=self._type(key))
+        waiting: dict[str, Tensor] = {}
+        for part, tensor in self.checkpoint.stream(uses):
+            waiting[part] = tensor
+            key, recipe = uses[part], self.layout.recipes[uses[part]]
+            if all(one in waiting for one in recipe.parts):
+                made = recipe.make([waiting.pop(one) for one in recipe.parts])
+                state[key] = made.to(device=device, dtype=self._type(key))
         return state
 
     def notes(self) -> list[str]:
         """Tell what was converted, and what was left alone."""
-        types = Counter(
-            (self.checkpoint.dtypes[part], self._type(key))
+        quantised = self.checkpoint.quantised
+        stored = [
+            (part, self._type(key))
             for key, recipe in self.layout.recipes.items()
             for part in recipe.parts
+        ]
+        plain = Counter(
+            (self.checkpoint.dtypes[part], made) for part, made in stored if part not in quantised
         )
-        notes = [
+        notes = [*self._dequantised([(part, made) for part, made in stored if part in quantised])]
+        notes += [
             f"converted from {dtype_name(given)} to {dtype_name(made)}: "
-            f"{count} of {types.total()} tensors"
-            for (given, made), count in types.most_common()
+            f"{count} of {len(stored)} tensors"
+            for (given, made), count in plain.most_common()
             if given != made
         ]
         if self.layout.others:
             others = self.layout.others
             notes.append(f"tensors of other parts in the same file, left alone: {others}")
         return notes
+
+    def _dequantised(self, parts: list[tuple[str, torch.dtype]]) -> Iterator[str]:
+        """Tell for each format how many tensors were made plain, and what that costs."""
+        quantised = self.checkpoint.quantised
+        for name, made in dict.fromkeys((quantised[part].format, made) for part, made in parts):
+            keys = [part for part, to in parts if (quantised[part].format, to) == (name, made)]
+            size = sum(math.prod(self.checkpoint.shapes[key]) for key in keys) * made.itemsize
+            before = sum(quantised[key].stored_bytes for key in keys)
+            yield (
+                f"dequantised from {name} to {dtype_name(made)}: {len(keys)} tensors, "
+                f"{size / 1e9:.2f} GB in memory that are {before / 1e9:.2f} GB in the file"
+            )
 
     def _type(self, key: str) -> torch.dtype:
         return self.fixed.get(key, self.target)
@@ -72,7 +92,7 @@ def plan_conversion(
 
     Args:
         checkpoint, layout: the file.
-        asked: None keeps the file's own, with float8 widened to bfloat16.
+        asked: None keeps the file's own, with float8 and quantised weights widened to bfloat16.
         fixed: types of the module's buffers, by our names.
 
     Raises:
@@ -83,10 +103,12 @@ def plan_conversion(
         for part in recipe.parts:
             dtype = checkpoint.dtypes[part]
             is_count = key in fixed and not fixed[key].is_floating_point
+            if part in checkpoint.quantised:
+                dtype = torch.bfloat16
             if not dtype.is_floating_point and not is_count:
                 raise CheckpointError(
                     f"{checkpoint.path.name} stores weights as {dtype_name(dtype)}.",
-                    "weights as bfloat16, float16, float32 or plain float8.",
+                    "weights as bfloat16, float16, float32 or float8.",
                     "choose the bfloat16 file of this model.",
                 )
             if key not in fixed:

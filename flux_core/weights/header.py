@@ -47,7 +47,7 @@ _PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _STRANGERS = (
     (b"PK\x03\x04", _PICKLED),
     (b"\x80", _PICKLED),
-    (b"GGUF", "a GGUF file, which this pack cannot read yet"),
+    (b"GGUF", "a GGUF file among shards, which are safetensors"),
     (b"version https://git-lfs", "a Git LFS pointer, not the model itself"),
     (b"<", "a web page: the download was answered by a login or an error page"),
 )
@@ -187,7 +187,7 @@ def _entry(
     if dtype is None:
         raise CheckpointError(
             f"{file.name} stores '{name}' as {shorten(stored)}, which this pack cannot read.",
-            "weights as bfloat16, float16, float32 or plain float8.",
+            "weights as bfloat16, float16, float32 or float8.",
             "choose the bfloat16 file of this model.",
         )
     if span[1] - span[0] != math.prod(shape) * dtype.itemsize:

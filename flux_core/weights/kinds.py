@@ -23,8 +23,6 @@ class Kind:
 
 
 QUANTISED = (
-    Kind("quantised to nvfp4", (".weight_scale_2",), _BF16),
-    Kind("quantised to scaled float8", ("scaled_fp8", ".scale_weight", ".weight_scale"), _BF16),
     Kind("quantised by bitsandbytes (nf4 or int8)", (".absmax", ".quant_state", ".SCB"), _BF16),
     Kind("quantised by SVDQuant or GPTQ", (".qweight", ".wscales"), _BF16),
     Kind("quantised for ComfyUI", (".comfy_quant",), _BF16),
@@ -71,6 +69,11 @@ PARTS = (
         "a language model",
         ("layers.0.self_attn.", "layers.0.mlp.gate_proj."),
         "load it with 'Load Text Encoders (FLUX)' if it is a FLUX.2 text encoder.",
+    ),
+    Kind(
+        "a text encoder or language model as llama.cpp names it",
+        ("token_embd.",),
+        "load its .safetensors file with 'Load Text Encoders (FLUX)'.",
     ),
     Kind(
         "a FLUX.2 transformer",

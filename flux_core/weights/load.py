@@ -30,8 +30,8 @@ from .detect import (
     spec_of_autoencoder,
     spec_of_flux,
 )
-from .files import open_checkpoint
 from .kinds import AUTOENCODERS, QUANTISED, TRANSFORMERS
+from .quantised_layers import open_plain
 from .report import LoadReport
 from .transformer_keys import transformer_layout
 
@@ -47,9 +47,9 @@ def load_flux(
     """Load a FLUX.1 or FLUX.2 transformer.
 
     Args:
-        path: a file, a shard or a folder; see `open_checkpoint`.
+        path: a file, a shard or a folder; see `open_checkpoint`; quantised weights are made plain.
         family: None finds it out, see `choose_family`.
-        dtype: of the weights; None keeps the file's own, with float8 widened to bfloat16.
+        dtype: of the weights; None keeps the file's own, with fewer bits widened to bfloat16.
         device: where the weights go; None leaves them in memory mapped from the file.
         operations: the layer classes; PyTorch's own when None.
 
@@ -60,7 +60,7 @@ def load_flux(
         CheckpointError: the file is broken, incomplete or something else.
         FamilyMismatchError: the file cannot be the family that was asked for.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_plain(path)
     layout = transformer_layout(checkpoint.shapes)
     needed = "a FLUX.1 or FLUX.2 transformer"
     layout = expect_layout(checkpoint, layout, needed, (*QUANTISED, *TRANSFORMERS))
@@ -92,7 +92,7 @@ def load_autoencoder(
 
     FLUX.2's batch statistics stay float32 whatever the dtype.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_plain(path)
     layout = autoencoder_layout(checkpoint.shapes)
     wanted = "an autoencoder of FLUX.1 or FLUX.2"
     layout = expect_layout(checkpoint, layout, wanted, (*QUANTISED, *AUTOENCODERS))

@@ -209,7 +209,7 @@ def test_a_pickled_file_is_never_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"GGUF\x03\0\0\0" + bytes(64), "GGUF file, which this pack cannot read yet"),
+        (b"GGUF\x03\0\0\0" + bytes(64), "holds no tensors"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "Git LFS pointer"),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
         (b'{"error": "not found"}', "not a safetensors file"),

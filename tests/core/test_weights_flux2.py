@@ -276,7 +276,7 @@ def test_an_autoencoder_file_that_does_not_fit_is_refused(
         ),
         (
             lambda state: state.update({"img_in.weight_scale": torch.ones(1)}),
-            "quantised to scaled float8.*bfloat16 file",
+            "stores 'img_in.weight' as float32 and calls it scaled float8.*bfloat16 file",
         ),
     ],
 )

@@ -231,8 +231,8 @@ Change = Callable[[dict[str, Tensor]], object]
             "FLUX.1 Fill",
         ),
         (
-            lambda state: state.update({"scaled_fp8": torch.zeros(1)}),
-            "quantised to scaled float8.*bfloat16 file",
+            lambda state: state.update({"img_in.weight.quant_state.nf4": torch.zeros(1)}),
+            "quantised by bitsandbytes.*bfloat16 file",
         ),
         (
             lambda state: state.update({"early_stream_modulations.a.weight": torch.ones(1)}),
