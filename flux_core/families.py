@@ -6,6 +6,7 @@ family by name; where the data does not say enough, a field is missing in `specs
 
 from dataclasses import replace
 
+from .previews import NANO_FLUX1_PREVIEW, NANO_FLUX2_PREVIEW
 from .specs import (
     AutoencoderSpec,
     ClipT5Spec,
@@ -36,25 +37,7 @@ FLUX1_LATENT = LatentSpec(
 NANO_FLUX1_LATENT = replace(
     FLUX1_LATENT,
     name="FLUX.1 nano",
-    preview_rgb=(  # least squares over drawn scenes
-        (0.20, -0.01, -0.13),
-        (-0.09, -0.17, -0.05),
-        (0.07, -0.13, -0.11),
-        (-0.12, 0.03, -0.05),
-        (-0.25, -0.08, 0.16),
-        (0.10, 0.03, 0.21),
-        (0.13, 0.13, -0.03),
-        (-0.04, 0.02, -0.04),
-        (0.15, -0.07, 0.06),
-        (0.00, 0.08, 0.23),
-        (0.05, 0.11, 0.16),
-        (0.18, 0.15, 0.09),
-        (0.09, 0.16, -0.08),
-        (0.03, -0.10, -0.03),
-        (0.26, 0.13, 0.06),
-        (0.04, -0.03, 0.07),
-        (0.15, -0.08, -0.21),
-    ),
+    preview_rgb=NANO_FLUX1_PREVIEW,
 )
 FLUX1_AUTOENCODER = AutoencoderSpec(
     channels=128, channel_mult=(1, 2, 4, 4), res_blocks=2, norm_groups=32, latent=FLUX1_LATENT
@@ -181,41 +164,7 @@ FLUX2_LATENT = LatentSpec(
 NANO_FLUX2_LATENT = replace(
     FLUX2_LATENT,
     name="FLUX.2 nano",
-    preview_rgb=(  # least squares over drawn scenes, for each channel of the unpatched latent
-        (-0.32, -0.06, 0.35),
-        (0.26, 0.03, -0.04),
-        (-0.48, -0.39, -0.40),
-        (-0.10, 0.21, 0.56),
-        (1.05, 0.23, -0.31),
-        (-0.08, 0.19, 0.77),
-        (0.34, -0.07, -0.24),
-        (-0.26, 0.03, 0.18),
-        (-0.53, -0.17, 0.38),
-        (0.08, 0.11, 0.26),
-        (-0.02, 0.18, 0.40),
-        (0.09, 0.06, -0.02),
-        (-0.93, -0.52, 0.28),
-        (-0.85, 0.10, 0.61),
-        (-0.19, -0.21, -0.64),
-        (-0.10, -0.23, -0.48),
-        (-0.44, -0.24, 0.37),
-        (0.17, -0.02, -0.46),
-        (-0.26, 0.34, -0.32),
-        (0.07, 0.08, -0.22),
-        (-0.49, -0.34, -0.30),
-        (0.11, -0.05, -0.30),
-        (-0.56, 0.20, 0.80),
-        (0.08, 0.23, -0.55),
-        (-0.09, 0.14, 0.73),
-        (0.47, 0.19, -0.64),
-        (0.29, -0.53, -0.65),
-        (-0.14, 0.11, 0.32),
-        (0.09, 0.21, 0.25),
-        (-0.40, -0.59, 0.27),
-        (-0.32, -0.50, -0.16),
-        (0.00, -0.11, -0.20),
-        (0.15, -0.11, -0.23),
-    ),
+    preview_rgb=NANO_FLUX2_PREVIEW,
 )
 FLUX2_AUTOENCODER = AutoencoderSpec(
     channels=128,
