@@ -12,7 +12,7 @@ from ..transformer.flux import build_flux
 from .check import shapes_of
 from .choose import differences
 from .files import Checkpoint
-from .kinds import PARTS, TRANSFORMERS, identify
+from .kinds import LORA, PARTS, TRANSFORMERS, identify
 from .layout import Shapes
 from .lora_kind import lora_title
 from .lora_layers import Target, targets_of
@@ -37,6 +37,8 @@ _WHOLE: tuple[tuple[Role, tuple[Role, ...]], ...] = (
 )
 _FIRST: tuple[Role, ...] = ("first", "first a")
 _SECOND: tuple[Role, ...] = ("second", "second a")
+# Each says a layer's whole change, or a whole factor of it: one of each will do.
+_ALONE: tuple[tuple[Role, ...], ...] = (("down", "first", "first a", "full"), _FIRST, _SECOND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ def _check_kind(checkpoint: Checkpoint, names: LoraNames) -> None:
     """Refuse what is no LoRA of this kind, by its name."""
     file = checkpoint.path.name
     if not names.layers:
-        kind = identify(checkpoint.shapes, checkpoint.metadata, (*TRANSFORMERS[1:], *PARTS))
+        others = [kind for kind in (*TRANSFORMERS, *PARTS) if kind != LORA]
+        kind = identify(checkpoint.shapes, checkpoint.metadata, others)
         said = "holds no LoRA" if kind is None else f"is {kind.title}, not a LoRA"
         if names.text and kind is None:
             said = f"is a LoRA for a text encoder: all its {len(names.text)} tensors are"
@@ -119,10 +122,10 @@ def _check_kind(checkpoint: Checkpoint, names: LoraNames) -> None:
             "a LoRA that adds to linear layers.",
             _NATIVE,
         )
-    others = {kind for layer in names.layers.values() for kind in layer.others}
-    if others:
+    strange = {kind for layer in names.layers.values() for kind in layer.others}
+    if strange:
         raise CheckpointError(
-            f"{file} is {' and '.join(sorted(others))}.", "a LoRA or a LoKr.", _NATIVE
+            f"{file} is {' and '.join(sorted(strange))}.", "a LoRA or a LoKr.", _NATIVE
         )
     if names.twice:
         raise CheckpointError(
@@ -150,6 +153,10 @@ def _halves(layer: LoraLayer) -> Iterator[str]:
             yield f"{_end(keys[role])} is there without its other half"
     if any(one in keys for one in _FIRST) != any(one in keys for one in _SECOND):
         yield "one of the two factors of a LoKr is there without the other"
+    for ways in _ALONE:
+        said = [_end(keys[role]) for role in ways if role in keys]
+        if len(said) > 1:
+            yield f"{' and '.join(said)} both say what the change is"
     if not keys.keys() - {"alpha"}:
         yield "nothing is there but alpha"
 

@@ -120,6 +120,11 @@ def without(key: str) -> Callable[[], State]:
         (without(B), r"single_blocks\.0\.linear2.*lora_A.weight is there without its other half"),
         (changed(second=torch.ones(32, 320)), "two factors of a LoKr is there without the other"),
         (changed(first_a=torch.ones(4, 2)), "lokr_w1_a is there without its other half"),
+        (changed(diff=torch.ones(128, 640)), "lora_A.weight and .*diff both say what the change"),
+        (
+            changed(second=torch.ones(32, 320), lokr_w1=torch.ones(4, 2)),
+            "lora_A.weight and .*lokr_w1 both say",
+        ),
         (lambda: {f"{LAYER}.alpha": torch.ones(())}, "nothing is there but alpha"),
         (changed(up=torch.ones(128, 5)), "ranks of the two matrices are 4 and 5"),
         (
