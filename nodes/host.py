@@ -39,6 +39,7 @@ Patcher = comfy.model_patcher.ModelPatcher
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_CHOICES = ["auto", *DTYPES]
+_TRANSFORMERS = "diffusion_models"  # the folder of transformers
 _PREVIEW_PX = 512  # the side ComfyUI shrinks previews to
 MAX_SIDE_PX = 16384  # ComfyUI's own MAX_RESOLUTION
 _SHARE_OF_RAM = 0.5  # float32 on a CPU only if the weights fill at most this much of free memory
@@ -50,12 +51,19 @@ _PREVIEWED = (comfy.latent_formats.Flux, comfy.latent_formats.Flux2)
 
 def add_nano_models() -> None:
     """Let every loader of diffusion models see the embedded one; what is listed stays first."""
-    folder_paths.add_model_folder_path("diffusion_models", str(DIFFUSION_MODELS), is_default=False)
+    folder_paths.add_model_folder_path(_TRANSFORMERS, str(DIFFUSION_MODELS), is_default=False)
 
 
 def model_names(folder: str) -> list[str]:
-    """List the models ComfyUI knows in one of its folders."""
-    return folder_paths.get_filename_list(folder)
+    """List the models in one of ComfyUI's folders, and GGUF transformers, which it leaves out."""
+    names = folder_paths.get_filename_list(folder)
+    if folder != _TRANSFORMERS:
+        return names
+    found: set[str] = set()
+    for place in folder_paths.get_folder_paths(folder):
+        inside, _ = folder_paths.recursive_search(place, excluded_dir_names=[".git"])
+        found.update(folder_paths.filter_files_extensions(inside, [".gguf"]))
+    return [*names, *sorted(found.difference(names))]
 
 
 def model_path(folder: str, name: str) -> Path:

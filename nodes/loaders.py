@@ -94,8 +94,8 @@ class LoadModel(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=host.model_names("diffusion_models"),
-                    tooltip="A .safetensors file in models/diffusion_models. Any one shard of a "
-                    "set opens the whole set.",
+                    tooltip="A .safetensors or .gguf file in models/diffusion_models, plain or "
+                    "quantised. Any one shard of a set opens the whole set.",
                 ),
                 io.Combo.Input(
                     "family",

@@ -162,11 +162,9 @@ def fingerprint(folder: str, *names: str) -> str:
 
 def parameters_of(files: Sequence[Path]) -> int:
     """Count the numbers in model files from their headers."""
-    from ..flux_core.weights.files import open_checkpoint
+    from ..flux_core.weights.quantised_layers import open_plain
 
-    return sum(
-        math.prod(shape) for path in files for shape in open_checkpoint(path).shapes.values()
-    )
+    return sum(math.prod(shape) for path in files for shape in open_plain(path).shapes.values())
 
 
 def identity(files: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
