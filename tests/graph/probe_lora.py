@@ -85,6 +85,7 @@ def main() -> None:
         bench = LoraBench(Path(folder))
         files = bench.file("kohya", 1), bench.file("diffusers", 2)
         answer |= _in_turn(bench, *files)
+        answer |= _partly(bench, files[1])
         answer |= _kept(bench, files[0])
         answer |= _life(bench, files[0])
         answer |= _stranger(bench, files[0])
@@ -126,6 +127,32 @@ def _two_merged(bench: LoraBench, picture: Any, kohya: Path, diffusers: Path) ->
     _module("flux_core.weights.lora_parts").merge_lora(handle.network, parts)
     expected = bench.run(handle)
     return float((picture - expected).abs().max() / expected.abs().max())
+
+
+def _partly(bench: LoraBench, path: Path) -> Answer:
+    """A device too small for the blocks: ComfyUI adds the changes of what waits as it computes."""
+    import torch
+
+    handle = bench.apply(bench.handle(), path)
+    expected = bench.run(handle)
+    bring, calls = bench.host.bring, list[int]()
+
+    def short(patchers: Any, activations: int) -> Any:
+        device = bring(patchers, activations)
+        if patchers[0] is handle.patcher:
+            handle.patcher.partially_unload(torch.device("cpu"), handle.patcher.model_size() // 2)
+            calls.append(handle.patcher.model.lowvram_patch_counter)
+        return device
+
+    bench.host.bring = short
+    try:
+        picture = bench.run(handle)
+    finally:
+        bench.host.bring = bring
+    return {
+        "partly_waiting": calls[-1],
+        "partly": float((picture - expected).abs().max() / expected.abs().max()),
+    }
 
 
 def _weights(handle: Any) -> dict[str, Any]:

@@ -42,6 +42,11 @@ def test_a_patched_model_samples_as_one_whose_weights_were_changed(seen: dict[st
     assert seen["two_merged"] < 1e-6
 
 
+def test_changes_reach_weights_that_wait_beside_a_small_device(seen: dict[str, Any]) -> None:
+    assert seen["partly_waiting"] > 0
+    assert seen["partly"] < 1e-5
+
+
 def test_kept_references_are_not_reused_under_another_lora_or_strength(
     seen: dict[str, Any],
 ) -> None:
