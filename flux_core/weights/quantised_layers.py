@@ -30,6 +30,7 @@ _SCALES = (".weight_scale", ".scale_weight")  # new and old name
 _SECOND, _SMOOTHING, _SAID = ".weight_scale_2", ".pre_quant_scale", ".comfy_quant"
 _INPUT = (".input_scale", ".scale_input")  # for quantised activations, which are not used here
 _ENDINGS = (*_SCALES, _SECOND, _SMOOTHING, _SAID, *_INPUT)
+_OTHER_PARTS = ("text_encoders.", "cond_stage_model.")  # of a whole checkpoint; left alone
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LONGEST_SAID = 4096  # bytes of what one layer says of its format
@@ -45,7 +46,11 @@ def open_plain(path: Path) -> Checkpoint:
     """
     checkpoint = open_checkpoint(path)
     keys = checkpoint.shapes
-    marks = {key for key in keys if key.endswith("scaled_fp8") or key.endswith(_ENDINGS)}
+    marks = {
+        key
+        for key in keys
+        if key.endswith(("scaled_fp8", *_ENDINGS)) and not key.startswith(_OTHER_PARTS)
+    }
     if not marks and _METADATA not in checkpoint.metadata:
         return checkpoint
     layers: dict[str, dict[str, str]] = {}
@@ -86,7 +91,7 @@ def _said_in_header(checkpoint: Checkpoint) -> dict[str, str]:
     for name, settings in cast("dict[str, object]", layers).items():
         # Names are those of the keys, or, where a prefix was put before the keys, without it.
         layer = next((p + name for p in PREFIXES if p + name + ".weight" in checkpoint.shapes), "")
-        if layer:
+        if layer and not layer.startswith(_OTHER_PARTS):
             formats[layer] = _format(checkpoint, settings)
     return formats
 

@@ -139,6 +139,28 @@ def test_an_autoencoder_may_be_scaled_float8(tmp_path: Path) -> None:
     assert "dequantised" in str(report)
 
 
+def test_what_belongs_to_a_checkpoints_text_encoder_is_left_alone(tmp_path: Path) -> None:
+    stored, _, plain = scaled_float8(flux1_state(), "layers", prefix=PREFIX)
+    text = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
+    stored[text + ".weight"] = torch.zeros(4, 4, dtype=torch.int8)
+    stored[text + ".weight_scale"] = torch.ones(4)
+    stored[text + ".comfy_quant"] = as_bytes({"format": "int8_tensorwise"})
+    stored["text_encoders.t5xxl.scaled_fp8"] = torch.zeros(1)
+    network, report = load_flux(write(tmp_path / "a.safetensors", stored), dtype=torch.float32)
+    assert largest_error(state_of(network), plain) <= 1e-6
+    assert "tensors of other parts in the same file, left alone: 4" in report.notes
+
+
+def test_a_scale_may_lie_in_another_shard_than_its_weight(tmp_path: Path) -> None:
+    stored, metadata, plain = nvfp4(flux1_state())
+    for number, is_here in ((1, str.endswith), (2, lambda key, ending: not key.endswith(ending))):
+        part = {key: one for key, one in stored.items() if is_here(key, ".weight")}
+        write(tmp_path / f"model-0000{number}-of-00002.safetensors", part, metadata)
+    network, report = load_flux(tmp_path, dtype=torch.float32)
+    assert report.files == 2
+    assert largest_error(state_of(network), plain) <= 1e-6
+
+
 def test_a_plain_file_is_opened_as_it_is(tmp_path: Path) -> None:
     found = open_plain(write(tmp_path / "a.safetensors", flux1_state()))
     assert not found.quantised
