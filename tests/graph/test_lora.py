@@ -66,6 +66,18 @@ def test_a_native_model_is_sent_to_the_native_loader(seen: dict[str, Any]) -> No
     assert "'Load LoRA'" in seen["stranger"]
 
 
+def test_the_native_loader_changes_native_weights_by_the_same() -> None:
+    """ComfyUI 0.30.0 leaves out seven layers of FLUX.2 in diffusers' names, and reads the rest."""
+    native = run_probe("probe_lora_native")
+    assert max(one["furthest"] for one in native.values()) <= 1e-6
+    counts = {name: [one["patched"], len(one["only ours"])] for name, one in native.items()}
+    formats = ("kohya", "ai-toolkit", "diffusers", "OneTrainer", "LoKr")
+    assert counts == {f"FLUX.1 {name}": [36, 0] for name in formats} | {
+        f"FLUX.2 {name}": [24, 7] if name in ("diffusers", "OneTrainer") else [31, 0]
+        for name in formats
+    }
+
+
 @pytest.fixture(scope="module")
 def lora_comfy(tiny_comfy: "Comfy") -> "Comfy":
     """ComfyUI with a LoRA for the tiny model, and one for klein 4B."""
