@@ -28,7 +28,7 @@ class PlaceReferences:
         options = inputs["transformer_options"]
         if options.get("rope_options"):
             raise SettingError(
-                "'ScaleROPE' moves all places of this model, 'Apply To Model (FLUX)' sets them.",
+                "'ScaleROPE' moves all places of this model, which are set here.",
                 "one of the two.",
                 "take 'ScaleROPE' off this model.",
             )
@@ -71,7 +71,9 @@ def native_network(model: Any) -> Any:
     base = getattr(model, "model", None)
     network: Any = getattr(base, "diffusion_model", None)
     kind = type(network)
-    if (kind.__module__, kind.__name__) != _NETWORK or type(base).__name__ not in _BASES:
+    is_flux = (kind.__module__, kind.__name__) == _NETWORK and type(base).__name__ in _BASES
+    params = getattr(network, "params", None)
+    if not is_flux or getattr(params, "txt_norm", False) or getattr(params, "yak_mlp", False):
         raise FamilyMismatchError(
             f"The MODEL is {type(base).__name__} around {kind.__module__}.{kind.__name__}.",
             "FLUX.1 or FLUX.2 in ComfyUI's own network.",

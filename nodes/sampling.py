@@ -11,7 +11,8 @@ from ..flux_core.sampling.sigmas import SigmaKind, make_sigmas
 from ..flux_core.sampling.solver import SOLVERS, SolverName
 from . import host
 from .kept import REFERENCE_KV, ReferenceKV
-from .sockets import ConditioningSocket, ModelSocket, TokensSocket
+from .native_handle import AnyModel, as_model
+from .sockets import ConditioningSocket, TokensSocket, model_input
 
 _CATEGORY = "FLUX Glassbox/sampling"
 
@@ -62,7 +63,7 @@ class Noise(io.ComfyNode):
             "places. A seed gives the same noise on every machine, and ComfyUI's own.",
             search_aliases=["random noise", "empty latent", "seed", "size"],
             inputs=[
-                ModelSocket.Input("model", tooltip="The model that will sample."),
+                model_input("The model that will sample: from a loader, or a native MODEL."),
                 _side_input("width"),
                 _side_input("height"),
                 io.Int.Input(
@@ -87,9 +88,9 @@ class Noise(io.ComfyNode):
     @classmethod
     @override
     def execute(
-        cls, model: ModelSocket.Type, width: int, height: int, seed: int, batch_size: int
+        cls, model: AnyModel, width: int, height: int, seed: int, batch_size: int
     ) -> io.NodeOutput:
-        latent = model.family.latent
+        latent = as_model(model).family.latent
         host.require_room(
             noise_bytes(latent, height, width, batch_size),
             f"Noise for {batch_size} of {width}x{height}",
@@ -111,7 +112,7 @@ class Schedule(io.ComfyNode):
             "references.",
             search_aliases=["flux scheduler", "sigmas", "steps", "karras", "shift"],
             inputs=[
-                ModelSocket.Input("model", tooltip="The model that will sample."),
+                model_input("The model that will sample: from a loader, or a native MODEL."),
                 TokensSocket.Input("noise", tooltip="From Noise: its token count sets the shift."),
                 io.Int.Input(
                     "steps",
@@ -143,17 +144,16 @@ class Schedule(io.ComfyNode):
     @override
     def execute(
         cls,
-        model: ModelSocket.Type,
+        model: AnyModel,
         noise: TokensSocket.Type,
         steps: int,
         kind: SigmaKind,
         sigmas: str,
     ) -> io.NodeOutput:
-        check_latent(noise.latent, model.family.latent, "noise")
+        family = as_model(model).family
+        check_latent(noise.latent, family.latent, "noise")
         count = noise.ids.shape[0]
-        return io.NodeOutput(
-            make_sigmas(model.family.schedule, count, steps, kind=kind, by_hand=sigmas)
-        )
+        return io.NodeOutput(make_sigmas(family.schedule, count, steps, kind=kind, by_hand=sigmas))
 
 
 class SampleGuided(io.ComfyNode):
@@ -168,7 +168,7 @@ class SampleGuided(io.ComfyNode):
             "models distilled with it; klein and schnell take none.",
             search_aliases=["ksampler", "flux sampler", "denoise", "basic guider"],
             inputs=[
-                ModelSocket.Input("model", tooltip="From a loader."),
+                model_input("From a loader, or a native MODEL with its LoRAs."),
                 ConditioningSocket.Input("conditioning", tooltip="From Reference Conditioner."),
                 TokensSocket.Input("noise", tooltip="From Noise."),
                 io.Sigmas.Input(
@@ -184,14 +184,15 @@ class SampleGuided(io.ComfyNode):
     @override
     def execute(
         cls,
-        model: ModelSocket.Type,
+        model: AnyModel,
         conditioning: ConditioningSocket.Type,
         noise: TokensSocket.Type,
         sigmas: io.Sigmas.Type,
         solver: SolverName,
         reference_kv: ReferenceKV = "auto",
     ) -> io.NodeOutput:
-        return io.NodeOutput(model.sample(conditioning, noise, sigmas, solver, None, reference_kv))
+        tokens = as_model(model).sample(conditioning, noise, sigmas, solver, None, reference_kv)
+        return io.NodeOutput(tokens)
 
 
 class SampleTrueCFG(io.ComfyNode):
@@ -211,7 +212,7 @@ class SampleTrueCFG(io.ComfyNode):
                 "classifier-free guidance",
             ],
             inputs=[
-                ModelSocket.Input("model", tooltip="From a loader."),
+                model_input("From a loader, or a native MODEL with its LoRAs."),
                 ConditioningSocket.Input("positive", tooltip="What to make."),
                 ConditioningSocket.Input(
                     "negative", tooltip="What to move away from, with the same references."
@@ -264,7 +265,7 @@ class SampleTrueCFG(io.ComfyNode):
     @override
     def execute(
         cls,
-        model: ModelSocket.Type,
+        model: AnyModel,
         positive: ConditioningSocket.Type,
         negative: ConditioningSocket.Type,
         noise: TokensSocket.Type,
@@ -277,4 +278,5 @@ class SampleTrueCFG(io.ComfyNode):
         reference_kv: ReferenceKV = "auto",
     ) -> io.NodeOutput:
         settings = TrueCFG(negative=negative, scale=cfg, start=start, end=end, passes=passes)
-        return io.NodeOutput(model.sample(positive, noise, sigmas, solver, settings, reference_kv))
+        tokens = as_model(model).sample(positive, noise, sigmas, solver, settings, reference_kv)
+        return io.NodeOutput(tokens)

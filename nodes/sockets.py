@@ -13,6 +13,13 @@ class ModelSocket(io.ComfyTypeIO):
     Type = handles.ModelHandle
 
 
+def model_input(tooltip: str, *, optional: bool = False) -> io.MultiType.Input:
+    """An input that takes a model of this pack's loaders, or ComfyUI's own MODEL."""
+    return io.MultiType.Input(
+        "model", types=[ModelSocket, io.Model], tooltip=tooltip, optional=optional
+    )
+
+
 @io.comfytype(io_type="GLASSBOX_TEXT_ENCODERS")
 class TextEncodersSocket(io.ComfyTypeIO):
     """The text encoders, and what ComfyUI needs to move them."""

@@ -9,7 +9,8 @@ from ..flux_core.tokens.ids import place
 from ..flux_core.tokens.inspect import describe_sequence, sequence_report
 from ..flux_core.tokens.pack import latent_tokens, tokens_latent
 from . import host
-from .sockets import ConditioningSocket, ModelSocket, TokensSocket
+from .native_handle import AnyModel, as_model
+from .sockets import ConditioningSocket, TokensSocket, model_input
 
 _CATEGORY = "FLUX Glassbox/tokens"
 _FARTHEST = 4096.0  # tokens, or pictures: far beyond any that fits in memory
@@ -133,10 +134,10 @@ class InspectTokens(io.ComfyNode):
                 TokensSocket.Input(
                     "noise", optional=True, tooltip="From Noise: adds the target to the sequence."
                 ),
-                ModelSocket.Input(
-                    "model",
+                model_input(
+                    "From a loader, or a native MODEL: shows the sequence in the order this model "
+                    "reads it.",
                     optional=True,
-                    tooltip="From a loader: shows the sequence in the order this model reads it.",
                 ),
             ],
             outputs=[io.String.Output("report", tooltip="The same as text, one line a segment.")],
@@ -148,8 +149,8 @@ class InspectTokens(io.ComfyNode):
         cls,
         conditioning: ConditioningSocket.Type,
         noise: TokensSocket.Type | None = None,
-        model: ModelSocket.Type | None = None,
+        model: AnyModel | None = None,
     ) -> io.NodeOutput:
-        rule = None if model is None else model.family.references
+        rule = None if model is None else as_model(model).family.references
         sequence = describe_sequence(conditioning, noise, rule)
         return io.NodeOutput(sequence_report(sequence), ui={"glassbox_tokens": [sequence]})

@@ -55,6 +55,7 @@ class NativePlaces:
 
     references: tuple[Ids, ...]  # (N, A) each
     text_tokens: int
+    target: Ids | None = None  # (N, A); None leaves the target where ComfyUI puts it
 
     def place(self, img_ids: Tensor, counts: Sequence[int]) -> Tensor:
         """Write our ids over ComfyUI's for the references.
@@ -78,17 +79,18 @@ class NativePlaces:
                 "wire one conditioning to 'To Conditioning (FLUX)' and 'Apply To Model (FLUX)', "
                 "and the same references to the negative prompt; take native ReferenceLatent off.",
             )
-        if not own:
+        if not own and self.target is None:
             return img_ids
         target = img_ids[:, : img_ids.shape[1] - sum(own)]
-        if not target.shape[1] or bool((target[..., 0] != target[0, 0, 0]).any()):
+        count = target.shape[1] if self.target is None else self.target.shape[0]
+        if target.shape[1] != count or not _is_one_picture(target):
             raise ShapeError(
                 "Another node has added tokens to the model's sequence.",
                 "the target, then the references, and nothing behind them.",
                 "take the node between the loader and the sampler off that adds them.",
             )
-        ids = torch.cat(self.references).to(img_ids).expand(img_ids.shape[0], -1, -1)
-        return torch.cat((target, ids), dim=1)
+        first = target if self.target is None else _for_each(self.target, img_ids)
+        return torch.cat((first, *(_for_each(ids, img_ids) for ids in self.references)), dim=1)
 
     def trim(self, txt: Tensor, txt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Take off the empty tokens that ComfyUI puts before a short text of FLUX.2.
@@ -119,6 +121,15 @@ class NativePlaces:
                 "'To Conditioning (FLUX)'.",
             )
         return txt, txt_ids
+
+
+def _is_one_picture(ids: Tensor) -> bool:
+    return ids.shape[1] > 0 and not bool((ids[..., 0] != ids[0, 0, 0]).any())
+
+
+def _for_each(ids: Ids, like: Tensor) -> Tensor:
+    """Repeat (N, A) over the batch of `like`, on its device."""
+    return ids.to(like).expand(like.shape[0], -1, -1)
 
 
 def _described(counts: Sequence[int]) -> str:

@@ -93,7 +93,7 @@ class Flux(nn.Module):
             SettingError: no guidance for a network that has the input.
         """
         for conditioning in conditionings:
-            self._check(conditioning, target)
+            check_conditioning(conditioning, target, self.family, self.spec)
         steps = [float(sigma) for sigma in sigmas]
         if steps and steps[-1] == 0.0:
             steps.pop()
@@ -223,30 +223,39 @@ class Flux(nn.Module):
     def _rope(self, ids: Sequence[Ids], device: torch.device) -> Rope:
         return rope_table(torch.cat(list(ids)), self.spec.axes_dim, self.spec.theta, device)
 
-    def _check(self, conditioning: Conditioning, target: Tokens) -> None:
-        text, spec = conditioning.text, self.spec
-        widths = (text.txt.shape[-1], 0 if text.pooled is None else text.pooled.shape[-1])
-        if widths != (spec.context_width, spec.pooled_width):
-            raise _other_text(widths, text.source, self.family, spec)
-        batch = target.values.shape[0]
-        named = [("text", text.txt.shape[0])]
-        if text.pooled is not None:
-            named.append(("pooled text", text.pooled.shape[0]))
-        for number, tokens in enumerate(conditioning.references, 1):
-            named.append((f"reference {number}", tokens.values.shape[0]))
-            if tokens.latent != self.family.latent:
-                raise FamilyMismatchError(
-                    f"Reference {number} holds {tokens.latent.name} tokens.",
-                    f"{self.family.latent.name} tokens for {self.family.title}.",
-                    "encode it with that family's autoencoder, from 'Load Autoencoder (FLUX)'.",
-                )
-        for name, size in named:
-            if size not in (1, batch):
-                raise ShapeError(
-                    f"The {name} has a batch of {size}, the noise {batch}.",
-                    "a batch of 1, or the same batch as the noise.",
-                    "set batch_size on 'Noise (FLUX)', or hand over one picture.",
-                )
+
+def check_conditioning(
+    conditioning: Conditioning, target: Tokens, family: FluxFamily, spec: TransformerSpec
+) -> None:
+    """Refuse text, references or batches that a network cannot read.
+
+    Raises:
+        FamilyMismatchError: text or tokens of another model.
+        ShapeError: a batch that is neither 1 nor the target's.
+    """
+    text = conditioning.text
+    widths = (text.txt.shape[-1], 0 if text.pooled is None else text.pooled.shape[-1])
+    if widths != (spec.context_width, spec.pooled_width):
+        raise _other_text(widths, text.source, family, spec)
+    batch = target.values.shape[0]
+    named = [("text", text.txt.shape[0])]
+    if text.pooled is not None:
+        named.append(("pooled text", text.pooled.shape[0]))
+    for number, tokens in enumerate(conditioning.references, 1):
+        named.append((f"reference {number}", tokens.values.shape[0]))
+        if tokens.latent != family.latent:
+            raise FamilyMismatchError(
+                f"Reference {number} holds {tokens.latent.name} tokens.",
+                f"{family.latent.name} tokens for {family.title}.",
+                "encode it with that family's autoencoder, from 'Load Autoencoder (FLUX)'.",
+            )
+    for name, size in named:
+        if size not in (1, batch):
+            raise ShapeError(
+                f"The {name} has a batch of {size}, the noise {batch}.",
+                "a batch of 1, or the same batch as the noise.",
+                "set batch_size on 'Noise (FLUX)', or hand over one picture.",
+            )
 
 
 def _same_references(conditioning: Conditioning) -> tuple[object, ...]:

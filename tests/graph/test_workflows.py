@@ -41,8 +41,8 @@ def schemas(comfy: Comfy) -> Json:
 
 def test_every_workflow_has_both_forms() -> None:
     assert [path.stem for path in sorted((FOLDER / "api").glob("*.json"))] == NAMES
-    assert len(NANO_NAMES) == 6
-    assert len(NAMES) == 12
+    assert len(NANO_NAMES) == 7
+    assert len(NAMES) == 13
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,235 @@
+"""ComfyUI's own FLUX network in our samplers: it answers what they ask of a transformer.
+
+Every step goes through `apply_model`, so that weights, patches and wrappers of the MODEL do what
+they do under KSampler; our places are put in by the same hook as `Apply To Model` uses.
+`Any` stands for ComfyUI's own classes, which carry no usable types.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..flux_core.errors import SettingError
+from ..flux_core.specs import TransformerSpec
+from ..flux_core.tokens.native import NativePlaces
+from ..flux_core.tokens.pack import pack_latent, unpack_tokens
+from ..flux_core.transformer.flux import check_conditioning
+from ..flux_core.types import Sigmas, TokenValues
+from ..flux_core.values import Conditioning, Tokens
+from ..flux_core.weights.choose import choose_family
+from .native_model import PlaceReferences, native_network
+
+# What ComfyUI's samplers call and ours do not; each may change the picture.
+_WRAPPERS = (
+    "outer_sample",
+    "prepare_sampling",
+    "sampler_sample",
+    "predict_noise",
+    "calc_cond_batch",
+)
+_OPTIONS = (
+    "sampler_cfg_function",
+    "sampler_pre_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_calc_cond_batch_function",
+    "denoise_mask_function",
+    "context_handler",
+    "multigpu_clones",
+)
+
+
+class NativeNetwork:
+    """A native MODEL as the samplers' Network.
+
+    Args:
+        patcher: ComfyUI's ModelPatcher around its FLUX.
+
+    Raises:
+        FamilyMismatchError, SettingError: it is not FLUX, or changed in a way that would be lost.
+    """
+
+    def __init__(self, patcher: Any) -> None:
+        self.patcher = patcher
+        network = native_network(patcher)
+        self.spec = _spec(network.params, network)
+        self.family, known = choose_family(self.spec, _file(patcher), {}, None)
+        self.report = f"{self.family.title} in ComfyUI's own network ({known.why})"
+        self.is_guess = known.guessed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.patcher.model.get_dtype_inference()
+
+    def plans(
+        self, conditionings: Sequence[Conditioning], target: Tokens, sigmas: Sigmas
+    ) -> list["NativePlan"]:
+        """Make one plan for each conditioning; ComfyUI computes everything in each step.
+
+        Raises:
+            FamilyMismatchError, ShapeError: text or tokens of another model.
+            SettingError: something on the MODEL that only ComfyUI's samplers call.
+        """
+        _check_skipped(self.patcher)
+        for conditioning in conditionings:
+            check_conditioning(conditioning, target, self.family, self.spec)
+            if conditioning.references and self.family.references.see_only_themselves:
+                raise SettingError(
+                    f"{self.family.title} is wired as ComfyUI's own MODEL.",
+                    "a network in which references see themselves alone, as it was trained.",
+                    "load it with 'Load Model (FLUX)'.",
+                )
+        levels = torch.as_tensor(sigmas, dtype=torch.float32)
+        return [
+            NativePlan(
+                patcher=self.patcher,
+                target=target,
+                sigmas=levels,
+                inputs=_inputs(conditioning, self.patcher.load_device),
+                places=PlaceReferences(
+                    NativePlaces(
+                        references=tuple(one.ids for one in conditioning.references),
+                        text_tokens=conditioning.text.txt.shape[1],
+                        target=target.ids,
+                    )
+                ),
+                side=side,
+            )
+            for side, conditioning in enumerate(conditionings)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativePlan:
+    """One conditioning, as ComfyUI's network takes it."""
+
+    patcher: Any
+    target: Tokens
+    sigmas: Tensor
+    inputs: dict[str, Any]
+    places: PlaceReferences
+    side: int  # 0 positive, 1 negative, as patches are told
+
+    def velocity(self, x: TokenValues, step: int) -> TokenValues:
+        """Predict noise - picture for x (B, N, D) at sigmas[step], float32."""
+        sigma = self.sigmas[step].to(self.patcher.load_device)
+        latent = unpack_tokens(x.to(sigma.device).float(), self.target.grid, self.target.latent)
+        batch = latent.shape[0]
+        given = {name: _batched(one, batch) for name, one in self.inputs.items()}
+        given["transformer_options"] = self._options(sigma)
+        levels = sigma.expand(batch)
+        model = self.patcher.model
+        wrapper = self.patcher.model_options.get("model_function_wrapper")
+        if wrapper is None:
+            denoised = model.apply_model(latent, levels, **given)
+        else:
+            asked = {"input": latent, "timestep": levels, "c": given, "cond_or_uncond": [self.side]}
+            denoised = wrapper(model.apply_model, asked)
+        return pack_latent((latent - denoised.float()) / sigma, self.target.latent)
+
+    def _options(self, sigma: Tensor) -> dict[str, Any]:
+        """Give patches what ComfyUI's samplers give them, with our places behind them."""
+        options = dict(self.patcher.model_options["transformer_options"])
+        patches = dict(options.get("patches", {}))
+        others = [
+            one for one in patches.get("post_input", []) if not isinstance(one, PlaceReferences)
+        ]
+        patches["post_input"] = [*others, self.places]
+        return {
+            **options,
+            "patches": patches,
+            "wrappers": _wrappers(self.patcher),
+            "cond_or_uncond": [self.side],
+            "sigmas": sigma.reshape(1),
+            "sample_sigmas": self.sigmas,
+        }
+
+
+def _inputs(conditioning: Conditioning, device: torch.device) -> dict[str, Any]:
+    """Name a conditioning's parts as ComfyUI's network does."""
+    inputs: dict[str, Any] = {"c_crossattn": conditioning.text.txt.to(device)}
+    if conditioning.text.pooled is not None:
+        inputs["y"] = conditioning.text.pooled.to(device)
+    if conditioning.guidance is not None:
+        inputs["guidance"] = torch.tensor([conditioning.guidance], device=device)
+    if conditioning.references:
+        inputs["ref_latents"] = [
+            unpack_tokens(
+                ((one.values.float() - one.latent.shift) * one.latent.scale).to(device),
+                one.grid,
+                one.latent,
+            )
+            for one in conditioning.references
+        ]
+        inputs["ref_latents_method"] = "index"  # any: the places are ours
+    return inputs
+
+
+def _batched(value: Any, batch: int) -> Any:
+    """Repeat what has a batch of 1 for every picture."""
+    if isinstance(value, list):
+        return [_batched(one, batch) for one in value]
+    return value.expand(batch, *value.shape[1:]) if isinstance(value, Tensor) else value
+
+
+def _wrappers(patcher: Any) -> dict[str, dict[Any, list[Any]]]:
+    """Gather wrappers from where nodes put them: the patcher, and its options."""
+    merged: dict[str, dict[Any, list[Any]]] = {}
+    options = patcher.model_options["transformer_options"]
+    for source in (options.get("wrappers", {}), patcher.wrappers):
+        for kind, named in source.items():
+            for key, functions in named.items():
+                merged.setdefault(kind, {}).setdefault(key, []).extend(functions)
+    return merged
+
+
+def _check_skipped(patcher: Any) -> None:
+    """Refuse by name what ComfyUI's samplers would call and ours do not."""
+    wrappers = _wrappers(patcher)
+    skipped = [
+        f"{kind} of {key or getattr(one, '__module__', 'a node')}"
+        for kind in _WRAPPERS
+        for key, functions in wrappers.get(kind, {}).items()
+        for one in functions[:1]
+    ]
+    skipped += [name for name in _OPTIONS if patcher.model_options.get(name)]
+    if any(patcher.callbacks.get("on_prepare_state", {}).values()):
+        skipped.append("on_prepare_state")
+    if skipped:
+        raise SettingError(
+            f"The MODEL carries what only ComfyUI's samplers call: {', '.join(skipped)}.",
+            "LoRAs, attention patches, and wrappers of the model itself.",
+            "take that node off, or sample with KSampler behind 'To Conditioning (FLUX)' and "
+            "'Apply To Model (FLUX)'.",
+        )
+
+
+def _file(patcher: Any) -> Path:
+    """Name the file a MODEL came from, where its loader tells."""
+    loader = getattr(patcher, "cached_patcher_init", None)
+    path = loader[1][0] if loader and loader[1] else None
+    return Path(path) if isinstance(path, str) else Path("MODEL.safetensors")
+
+
+def _spec(params: Any, network: Any) -> TransformerSpec:
+    """Read the shape off ComfyUI's network."""
+    return TransformerSpec(
+        hidden=params.hidden_size,
+        double_blocks=params.depth,
+        single_blocks=params.depth_single_blocks,
+        mlp_ratio=params.mlp_ratio,
+        in_channels=network.in_channels,
+        out_channels=network.out_channels,
+        context_width=params.context_in_dim,
+        pooled_width=params.vec_in_dim or 0,
+        has_guidance=params.guidance_embed,
+        axes_dim=tuple(params.axes_dim),
+        theta=float(params.theta),
+        has_bias=params.ops_bias,
+        is_gated=params.mlp_silu_act,
+        shares_modulation=params.global_modulation,
+    )
