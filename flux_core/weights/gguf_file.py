@@ -109,6 +109,8 @@ def _restore(
     library: Any, number: int, shape: tuple[int, ...], stored: Tensor, scales: Sequence[Tensor]
 ) -> Tensor:
     """Make the numbers that a quantised tensor stands for; its scales lie in it."""
+    if not stored.numel():  # which the library cannot
+        return torch.zeros(shape)
     made = library.dequantize(stored.numpy(), library.GGMLQuantizationType(number))
     return torch.from_numpy(made).view(shape)
 

@@ -35,7 +35,7 @@ class Quantised:
         """Make the numbers it stands for, in float32.
 
         Raises:
-            CheckpointError: a scale is not finite, or below 0.
+            CheckpointError: a scale is not finite or below 0, or a number it makes is not finite.
         """
         for name, scale in zip(self.scales, scales, strict=True):
             numbers = scale.view(torch.float8_e4m3fn) if scale.dtype == torch.uint8 else scale
@@ -48,7 +48,14 @@ class Quantised:
                     "finite scales, not below 0.",
                     ANOTHER_FILE,
                 )
-        return self.how(stored, scales)
+        made = self.how(stored, scales)
+        if not made.sum().isfinite():  # one that is not spoils the sum
+            raise CheckpointError(
+                f"'{shorten(key)}' holds numbers as {self.format} that are not finite.",
+                "finite numbers.",
+                ANOTHER_FILE,
+            )
+        return made
 
 
 def restore_float8(stored: Tensor, scales: Sequence[Tensor]) -> Tensor:

@@ -237,6 +237,24 @@ def test_a_file_that_shrinks_between_opening_and_reading_is_refused(tmp_path: Pa
         found.read()
 
 
+def test_a_block_whose_scale_is_not_finite_is_refused_with_its_weight(tmp_path: Path) -> None:
+    for scale in (float("nan"), float("inf")):
+        data = np.float16(scale).tobytes() + bytes([1] * 32) + bytes(34)
+        entries = tiny(kind=8, data=data)
+        found = open_checkpoint(write_bytes(tmp_path / "a.gguf", gguf_bytes(entries)))
+        with pytest.raises(
+            CheckpointError, match="'one' holds numbers as Q8_0 that are not finite"
+        ):
+            found.read()
+
+
+def test_an_empty_tensor_stays_empty(tmp_path: Path) -> None:
+    found = open_checkpoint(
+        write_bytes(tmp_path / "a.gguf", gguf_bytes(tiny(kind=12, shape=(0, 256), data=b"")))
+    )
+    assert found.read()["one"].shape == (0, 256)
+
+
 def test_a_gguf_under_another_name_is_known_by_its_content(tmp_path: Path) -> None:
     entries, plain = entries_of(flux1_state(), "Q8_0")
     network, _ = load_flux(

@@ -285,6 +285,13 @@ def test_a_scale_that_cannot_be_is_refused_with_its_weight(tmp_path: Path, value
             load_flux(write(tmp_path / "a.safetensors", stored, metadata))
 
 
+def test_float8_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    stored, metadata, _ = scaled_float8(flux1_state(), "metadata")
+    stored[LAYER + ".weight"].view(torch.uint8)[3, 5] = 0x7F  # NaN
+    with pytest.raises(CheckpointError, match=f"'{LAYER}.weight' holds numbers as scaled float8"):
+        load_flux(write(tmp_path / "a.safetensors", stored, metadata))
+
+
 def test_nvfp4_that_does_not_say_how_it_is_packed_is_refused(tmp_path: Path) -> None:
     stored, _, _ = nvfp4(flux1_state())  # other tools have the same names with another order
     with pytest.raises(CheckpointError, match="do not say in which order they are packed"):
