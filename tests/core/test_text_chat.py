@@ -141,7 +141,12 @@ BROKEN = {
     "negative rank": broken(vocab=[*BYTES, _word(b"ab", -1)]),
     "token is a number": broken(vocab=[*BYTES, {"rank": 256, "token_bytes": 3}]),
     "token is no base64": broken(vocab=[*BYTES, {"rank": 256, "token_bytes": "é"}]),
-    "endless token": broken(vocab=[*BYTES, _word(b"a" * (9 << 20), 256)]),
+    "endless token": broken(vocab=[*BYTES, _word(b"a" * (1 << 20), 256)]),
+    "endless merges": broken(
+        vocab=[*BYTES, *(_word(b"a" * length, 254 + length) for length in range(2, 1200))],
+        config={},
+    ),
+    "half a character": broken(special_tokens=[{"rank": 0, "token_str": "\ud800"}]),
     "special without rank": broken(special_tokens=[{"token_str": "<s>"}]),
     "special beyond": broken(special_tokens=[{"rank": 10**9, "token_str": "<s>"}]),
     "special twice": broken(
