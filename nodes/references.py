@@ -33,7 +33,7 @@ class ReferenceConditioner(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     tooltip="Strength of the text, 0 to 100, read by guidance-distilled models: "
-                    "Kontext 2.5, FLUX.2 [dev] 4, nano 1. FLUX.1 [schnell] and FLUX.2 [klein] "
+                    "Kontext 2.5, FLUX.2 [dev] 4, nano kontext 1. FLUX.1 [schnell] and the kleins "
                     "ignore it.",
                 ),
                 io.Combo.Input(
