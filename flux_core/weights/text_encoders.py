@@ -110,7 +110,7 @@ def _load_clip_t5(
     check_part(clip.part, clip_shape.shapes(), clip.file.shapes)
     check_part(t5.part, t5_shape.shapes(), t5.file.shapes)
     _check_pair(clip_shape, t5_shape)
-    clip_dtype, t5_dtype = (dtype or dtype_of(one) for one in (clip, t5))
+    clip_dtype, t5_dtype = (dtype_of(one, dtype) for one in (clip, t5))
     clip_tokenizer = load_clip_tokenizer(tokenizers[0] or clip.file.path.parent)
     t5_tokenizer = load_t5_tokenizer(tokenizers[1] or t5.file.path.parent)
 

@@ -24,8 +24,8 @@ class Found:
     file: Checkpoint
 
 
-def dtype_of(one: Found) -> torch.dtype:
-    """Give the dtype most of the weights have, or what 8-bit floats are widened to.
+def dtype_of(one: Found, asked: torch.dtype | None) -> torch.dtype:
+    """Give the dtype asked for, else what most of the weights have or 8-bit floats are widened to.
 
     Raises:
         CheckpointError: some are stored in another way, or have scales that do not fit.
@@ -42,6 +42,8 @@ def dtype_of(one: Found) -> torch.dtype:
             f"choose a bfloat16, float16 or fp8 file in {LOADER}.",
         )
     _check_scales(one)
+    if asked is not None:
+        return asked
     most = max(sizes, key=lambda stored: sizes[stored])
     return torch.bfloat16 if most in _FP8 else most
 

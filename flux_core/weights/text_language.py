@@ -52,7 +52,7 @@ def load_language_model(
     model = language_model_part(file, prefix, wanted)
     _check_alone(files, found, model)
     one = Found(model.part, file)
-    chosen = dtype or dtype_of(one)
+    chosen = dtype_of(one, dtype)
     tokenizer = _load_tokenizer(file, model.spec, qwen_tokenizer)
     module = build_language_model(model.shape, dtype=chosen, operations=operations)
     fill(module, one, lambda name: chosen, device)

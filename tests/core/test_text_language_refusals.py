@@ -56,9 +56,13 @@ def refuse(
     text: object = None,
     qwen_tokenizer: Path | None = None,
 ) -> str:
-    with pytest.raises(error, match=match) as caught:
-        load_text_encoders(files, text=text, qwen_tokenizer=qwen_tokenizer)
-    said = str(caught.value)
+    """Load as a file says and in the dtype that ComfyUI chooses: the same is refused."""
+    heard: set[str] = set()
+    for dtype in (None, torch.float32):
+        with pytest.raises(error, match=match) as caught:
+            load_text_encoders(files, text=text, qwen_tokenizer=qwen_tokenizer, dtype=dtype)
+        heard.add(str(caught.value))
+    (said,) = heard
     assert "Needed:" in said
     assert "Fix:" in said
     assert "'Load Text Encoders (FLUX)'" in said

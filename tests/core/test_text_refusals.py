@@ -37,10 +37,12 @@ def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refuse(kit: Kit, error: type[Exception], match: str, *files: Path) -> None:
-    with pytest.raises(error, match=match) as caught:
-        kit.load(*files)
-    assert "Needed:" in str(caught.value)
-    assert "Fix:" in str(caught.value)
+    """Load as a file says and in the dtype that ComfyUI chooses: the same is refused."""
+    for dtype in (None, torch.float32):
+        with pytest.raises(error, match=match) as caught:
+            kit.load(*files, dtype=dtype)
+        assert "Needed:" in str(caught.value)
+        assert "Fix:" in str(caught.value)
 
 
 OTHERS = (
