@@ -14,7 +14,8 @@ from ..flux_core.tokens.pack import latent_tokens, tokens_latent
 from ..flux_core.types import Image
 from ..flux_core.values import Fit
 from . import host
-from .sockets import AutoencoderSocket, FitSocket, TokensSocket
+from .native_vae import AnyAutoencoder, as_autoencoder
+from .sockets import FitSocket, TokensSocket, autoencoder_input
 
 _CATEGORY = "FLUX Glassbox/image"
 
@@ -117,7 +118,7 @@ class EncodeAndPack(io.ComfyNode):
             "index 0, rows and columns from 0.",
             search_aliases=["vae encode", "reference latent", "image to tokens", "patchify"],
             inputs=[
-                AutoencoderSocket.Input("autoencoder", tooltip="From a loader."),
+                autoencoder_input("From a loader, or a native VAE of FLUX.1 or FLUX.2."),
                 io.Image.Input("image", tooltip="Sides are multiples of 16 px: see Fit Image."),
                 io.Combo.Input(
                     "posterior",
@@ -140,11 +141,12 @@ class EncodeAndPack(io.ComfyNode):
     @classmethod
     @override
     def execute(
-        cls, autoencoder: AutoencoderSocket.Type, image: io.Image.Type, posterior: str, seed: int
+        cls, autoencoder: AnyAutoencoder, image: io.Image.Type, posterior: str, seed: int
     ) -> io.NodeOutput:
         generator = torch.Generator().manual_seed(seed) if posterior == "sample" else None
-        latent = autoencoder.encode(image, generator)
-        return io.NodeOutput(latent_tokens(latent, autoencoder.latent))
+        encoder = as_autoencoder(autoencoder)
+        latent = encoder.encode(image, generator)
+        return io.NodeOutput(latent_tokens(latent, encoder.latent))
 
 
 class UnpackAndDecode(io.ComfyNode):
@@ -158,7 +160,7 @@ class UnpackAndDecode(io.ComfyNode):
             description="Lay tokens out as a latent, decode it to a picture, and undo the fit.",
             search_aliases=["vae decode", "tokens to image", "unpatchify"],
             inputs=[
-                AutoencoderSocket.Input("autoencoder", tooltip="Of the model that sampled."),
+                autoencoder_input("Of the model that sampled: from a loader, or a native VAE."),
                 TokensSocket.Input("tokens", tooltip="From a sampler."),
                 FitSocket.Input(
                     "fit",
@@ -174,10 +176,10 @@ class UnpackAndDecode(io.ComfyNode):
     @override
     def execute(
         cls,
-        autoencoder: AutoencoderSocket.Type,
+        autoencoder: AnyAutoencoder,
         tokens: TokensSocket.Type,
         fit: FitSocket.Type | None = None,
     ) -> io.NodeOutput:
         check_finite(tokens.values, "tokens input")
-        image = autoencoder.decode(tokens_latent(tokens), tokens.latent)
+        image = as_autoencoder(autoencoder).decode(tokens_latent(tokens), tokens.latent)
         return io.NodeOutput(image if fit is None else undo_fit(image, fit))

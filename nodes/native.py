@@ -1,22 +1,12 @@
 """Out to ComfyUI's own nodes: conditioning with references, and their places on a MODEL."""
 
-from typing import Any
-
 from comfy_api.latest import io
 from typing_extensions import override
 
-from ..flux_core.tokens.native import native_method
-from ..flux_core.tokens.pack import tokens_latent
-from ..flux_core.values import Conditioning
-from . import host, native_model
+from . import host
 from .sockets import ConditioningSocket
 
 _CATEGORY = "FLUX Glassbox/native"
-_BY_HAND = (
-    "the references are placed by hand, which ComfyUI has no name for: put 'Apply To Model "
-    "(FLUX)' between the MODEL and the sampler."
-)
-_NO_GUIDANCE = "no guidance is set: ComfyUI takes 3.5 where the model reads one."
 
 
 class ToConditioning(io.ComfyNode):
@@ -42,10 +32,11 @@ class ToConditioning(io.ComfyNode):
     @classmethod
     @override
     def execute(cls, conditioning: ConditioningSocket.Type) -> io.NodeOutput:
-        settings, notes = _settings(conditioning)
+        from .native_conditioning import to_native  # imported with the first use: it takes time
+
+        native, report, notes = to_native(conditioning)
         host.tell(notes)
-        report = "\n".join([_describe(conditioning, settings), *notes])
-        return io.NodeOutput([[conditioning.text.txt, settings]], report)
+        return io.NodeOutput(native, report)
 
 
 class ApplyToModel(io.ComfyNode):
@@ -74,29 +65,6 @@ class ApplyToModel(io.ComfyNode):
     @classmethod
     @override
     def execute(cls, model: io.Model.Type, conditioning: ConditioningSocket.Type) -> io.NodeOutput:
-        return io.NodeOutput(native_model.apply_places(model, conditioning))
+        from .native_model import apply_places
 
-
-def _settings(conditioning: Conditioning) -> tuple[dict[str, Any], list[str]]:
-    """Give what ComfyUI reads beside the text, and what it cannot be told."""
-    settings, notes = dict[str, Any](), list[str]()
-    if conditioning.text.pooled is not None:
-        settings["pooled_output"] = conditioning.text.pooled
-    if conditioning.guidance is None:
-        notes.append(_NO_GUIDANCE)
-    else:
-        settings["guidance"] = conditioning.guidance
-    if conditioning.references:
-        method = native_method(conditioning.references)
-        if method is None:
-            notes.append(_BY_HAND)
-        settings["reference_latents"] = [tokens_latent(one) for one in conditioning.references]
-        settings["reference_latents_method"] = method or "index"
-    return settings, notes
-
-
-def _describe(conditioning: Conditioning, settings: dict[str, Any]) -> str:
-    references = len(conditioning.references)
-    method = settings.get("reference_latents_method")
-    placed = f", method {method}" if method else ""
-    return f"{conditioning.text.txt.shape[1]} text tokens; {references} references{placed}"
+        return io.NodeOutput(apply_places(model, conditioning))

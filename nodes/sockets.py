@@ -27,11 +27,23 @@ class TextEncodersSocket(io.ComfyTypeIO):
     Type = handles.TextEncodersHandle
 
 
+def text_encoders_input(tooltip: str) -> io.MultiType.Input:
+    """An input that takes text encoders of this pack's loaders, or ComfyUI's own CLIP."""
+    return io.MultiType.Input(
+        "text_encoders", types=[TextEncodersSocket, io.Clip], tooltip=tooltip
+    )
+
+
 @io.comfytype(io_type="GLASSBOX_AUTOENCODER")
 class AutoencoderSocket(io.ComfyTypeIO):
     """An autoencoder, and what ComfyUI needs to move it."""
 
     Type = handles.AutoencoderHandle
+
+
+def autoencoder_input(tooltip: str) -> io.MultiType.Input:
+    """An input that takes an autoencoder of this pack's loaders, or ComfyUI's own VAE."""
+    return io.MultiType.Input("autoencoder", types=[AutoencoderSocket, io.Vae], tooltip=tooltip)
 
 
 @io.comfytype(io_type="GLASSBOX_TEXT")

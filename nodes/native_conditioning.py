@@ -1,0 +1,48 @@
+"""Our conditioning as ComfyUI's own CONDITIONING.
+
+`Any` stands for ComfyUI's own classes, which carry no usable types.
+"""
+
+from typing import Any
+
+from ..flux_core.tokens.native import native_method
+from ..flux_core.tokens.pack import tokens_latent
+from ..flux_core.values import Conditioning
+
+_BY_HAND = (
+    "the references are placed by hand, which ComfyUI has no name for: put 'Apply To Model "
+    "(FLUX)' between the MODEL and the sampler."
+)
+_NO_GUIDANCE = "no guidance is set: ComfyUI takes 3.5 where the model reads one."
+
+
+def to_native(conditioning: Conditioning) -> tuple[Any, str, list[str]]:
+    """Give a CONDITIONING, a report on it, and the notes in it: what ComfyUI cannot be told."""
+    settings, notes = _settings(conditioning)
+    report = "\n".join([_describe(conditioning, settings), *notes])
+    return [[conditioning.text.txt, settings]], report, notes
+
+
+def _settings(conditioning: Conditioning) -> tuple[dict[str, Any], list[str]]:
+    """Give what ComfyUI reads beside the text, and what it cannot be told."""
+    settings, notes = dict[str, Any](), list[str]()
+    if conditioning.text.pooled is not None:
+        settings["pooled_output"] = conditioning.text.pooled
+    if conditioning.guidance is None:
+        notes.append(_NO_GUIDANCE)
+    else:
+        settings["guidance"] = conditioning.guidance
+    if conditioning.references:
+        method = native_method(conditioning.references)
+        if method is None:
+            notes.append(_BY_HAND)
+        settings["reference_latents"] = [tokens_latent(one) for one in conditioning.references]
+        settings["reference_latents_method"] = method or "index"
+    return settings, notes
+
+
+def _describe(conditioning: Conditioning, settings: dict[str, Any]) -> str:
+    references = len(conditioning.references)
+    method = settings.get("reference_latents_method")
+    placed = f", method {method}" if method else ""
+    return f"{conditioning.text.txt.shape[1]} text tokens; {references} references{placed}"

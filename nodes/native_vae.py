@@ -1,0 +1,83 @@
+"""ComfyUI's own VAE on our autoencoder socket.
+
+`Any` stands for ComfyUI's own classes, which carry no usable types.
+"""
+
+from typing import Any, TypeAlias
+
+import torch
+
+from ..flux_core.checks import check_finite, check_latent, check_sides
+from ..flux_core.errors import FamilyMismatchError, SettingError
+from ..flux_core.families import FLUX1_LATENT, FLUX2_LATENT
+from ..flux_core.image.pixels import check_image
+from ..flux_core.specs import LatentSpec
+from ..flux_core.types import Image, Latent
+from . import host
+from .handles import AutoencoderHandle
+
+_OVERFLOW = "look at the node that made the tokens, or start ComfyUI with --fp32-vae."
+
+AnyAutoencoder: TypeAlias = AutoencoderHandle | Any  # the other is ComfyUI's VAE
+
+
+def as_autoencoder(autoencoder: AnyAutoencoder) -> "AutoencoderHandle | NativeAutoencoder":
+    """Take what is wired to an autoencoder socket: this pack's own, or a native VAE."""
+    if isinstance(autoencoder, AutoencoderHandle):
+        return autoencoder
+    return NativeAutoencoder(autoencoder)
+
+
+class NativeAutoencoder:
+    """A native VAE; ComfyUI brings it, splits batches, and goes over to tiles in little memory.
+
+    Raises:
+        FamilyMismatchError: its latents are not FLUX's.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae, self.latent = vae, _latent(vae)
+
+    def encode(self, image: Image, generator: torch.Generator | None) -> Latent:
+        """Encode pictures (B, H, W, 3) to latents, as ComfyUI's LATENT has them.
+
+        Raises:
+            ShapeError: channels or sides do not fit.
+            SettingError: a generator, which a native VAE has no use for.
+        """
+        if generator is not None:
+            raise SettingError(
+                "posterior is 'sample', and the autoencoder is ComfyUI's own VAE.",
+                "posterior 'mode', which is all that a VAE gives.",
+                "set posterior to 'mode', or load the file in 'Load Autoencoder (FLUX)'.",
+            )
+        check_image(image)
+        check_sides(image.shape[1], image.shape[2], self.latent)
+        host.stop_if_cancelled()
+        return host.to_outputs(self.vae.encode(image).float())
+
+    def decode(self, latent: Latent, spec: LatentSpec) -> Image:
+        """Decode latents to pictures (B, H, W, 3) in 0..1.
+
+        Raises:
+            FamilyMismatchError: a latent of another autoencoder.
+            NonFiniteError: the VAE overflowed.
+        """
+        check_latent(spec, self.latent, "tokens")
+        host.stop_if_cancelled()
+        image = self.vae.decode(latent).float()
+        check_finite(image, "decoded picture", _OVERFLOW)
+        return host.to_outputs(image)
+
+
+def _latent(vae: Any) -> LatentSpec:
+    """Tell FLUX's VAEs by the shape of their latents."""
+    shape = (vae.latent_dim, vae.latent_channels, vae.spacial_compression_encode())
+    for latent in (FLUX1_LATENT, FLUX2_LATENT):
+        if shape == (2, latent.channels, latent.downscale):
+            return latent
+    raise FamilyMismatchError(
+        f"The VAE's latents have {shape[1]} channels, 1/{shape[2]} of the picture's size.",
+        "FLUX.1's, 16 channels at 1/8, or FLUX.2's, 128 at 1/16.",
+        "load ae.safetensors or flux2-vae.safetensors with 'Load VAE'.",
+    )
