@@ -29,9 +29,7 @@ class TextEncodersSocket(io.ComfyTypeIO):
 
 def text_encoders_input(tooltip: str) -> io.MultiType.Input:
     """An input that takes text encoders of this pack's loaders, or ComfyUI's own CLIP."""
-    return io.MultiType.Input(
-        "text_encoders", types=[TextEncodersSocket, io.Clip], tooltip=tooltip
-    )
+    return io.MultiType.Input("text_encoders", types=[TextEncodersSocket, io.Clip], tooltip=tooltip)
 
 
 @io.comfytype(io_type="GLASSBOX_AUTOENCODER")
