@@ -77,7 +77,10 @@ def check_reference(
     least, aspect = rule.shortest_px, rule.longest_aspect
     if short >= least and long <= aspect * (short + cropped_px):
         return
-    found = f"{long / short:.1f} times as long as it is short" if short >= least else "too small"
+    times = f"{long / short:.1f}"
+    if float(times) <= aspect:
+        times = f"a little more than {aspect:g}"
+    found = f"{times} times as long as it is short" if short >= least else "too small"
     raise ShapeError(
         f"{name} is {width_px}x{height_px}: {found} for a reference.",
         f"sides of at least {least} px, and none longer than {aspect:g} times the other.",
