@@ -130,24 +130,28 @@ class ModelHandle:
         Raises:
             MemoryLimitError: it cannot fit, whatever is unloaded.
         """
-        counts = [one.ids.shape[0] for one in (noise, *conditioning.references)]
-        texts, references = conditioning.text.txt.shape[1], sum(counts[1:])
+        twice = cfg is not None and len(cfg.window(steps)) > 0
+        sides = [conditioning, cfg.negative] if cfg is not None and twice else [conditioning]
+        texts = max(side.text.txt.shape[1] for side in sides)
+        placed = max((side.references for side in sides), key=_token_count)
+        references = _token_count(placed)
         spec, size = self.network.spec, self.dtype.itemsize
         batch = noise.values.shape[0]
-        twice = cfg is not None and len(cfg.window(steps)) > 0
         needed = memory.plan_bytes(spec, steps, 2 * batch if twice else batch, size)
         if cfg is not None and twice and cfg.passes == "batched":
             batch *= 2
         aside = references if self.family.references.see_only_themselves else 0
-        tokens = texts + counts[0] + references - aside
+        tokens = texts + _token_count([noise]) + references - aside
         needed += memory.transformer_bytes(spec, tokens, batch, size)
         needed += memory.attended_bytes(spec, aside, batch, size)
-        pictures = max((one.values.shape[0] for one in conditioning.references), default=1)
+        pictures = max(
+            (one.values.shape[0] for side in sides for one in side.references), default=1
+        )
         alone = memory.transformer_bytes(spec, aside, pictures, size)
         memory.require_memory(
             needed + alone if reference_kv == "every step" else max(needed, alone),
             host.available_bytes(self.device),
-            f"Sampling {tokens + aside} tokens ({len(counts) - 1} references, batch {batch})",
+            f"Sampling {tokens + aside} tokens ({len(placed)} references, batch {batch})",
             "make the picture or the batch smaller, or use fewer or smaller references.",
         )
         self._residency.activations = needed
@@ -168,6 +172,10 @@ class ModelHandle:
         """
         patches = [patcher.patches_uuid for patcher in self.get_models()]
         return (*patches, self.dtype, self.device, host.attention_backend())
+
+
+def _token_count(several: Sequence[Tokens]) -> int:
+    return sum(one.ids.shape[0] for one in several)
 
 
 class TextEncodersHandle:

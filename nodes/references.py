@@ -7,6 +7,7 @@ from ..flux_core.errors import SettingError
 from ..flux_core.specs import Placement
 from ..flux_core.tokens.references import check_references, place_references
 from ..flux_core.values import Conditioning, Tokens
+from ..flux_core.weights.names import shorten
 from .sockets import ConditioningSocket, TextSocket, TokensSocket
 
 _MAX_REFERENCES = 100  # ComfyUI's own limit for inputs that grow
@@ -66,12 +67,16 @@ class ReferenceConditioner(io.ComfyNode):
         guidance: float,
         placement: Placement,
         references: io.Autogrow.Type | None = None,
+        **unknown: object,
     ) -> io.NodeOutput:
-        wired = references or {}
-        if not all(isinstance(one, Tokens | None) for one in _values(wired)):
+        wired = {} if references is None else references
+        if unknown or not _is_tokens_by_name(wired):
+            found = (
+                ", ".join(map(shorten, [*unknown][:3])) or "something that is not tokens by name"
+            )
             raise SettingError(
-                "references holds something that is not tokens.",
-                "tokens on reference_1, reference_2, ….",
+                f"references holds {found}.",
+                f"tokens on reference_1, reference_2, … to reference_{_MAX_REFERENCES}.",
                 "wire 'Encode and Pack (FLUX)' to each; in API form the inputs are called "
                 "references.reference_1 and so on.",
             )
@@ -81,6 +86,6 @@ class ReferenceConditioner(io.ComfyNode):
         return io.NodeOutput(Conditioning(text=text, references=placed, guidance=guidance))
 
 
-def _values(wired: object) -> list[object]:
-    """Give what the growing input holds; a workflow written by hand may hold anything."""
-    return list(wired.values()) if isinstance(wired, dict) else [wired]
+def _is_tokens_by_name(wired: object) -> bool:
+    """Judge what the growing input holds; a workflow written by hand may hold anything."""
+    return isinstance(wired, dict) and all(isinstance(one, Tokens | None) for one in wired.values())

@@ -161,6 +161,35 @@ def test_a_hundred_large_references_are_refused_until_memory_says_yes(tiny_comfy
     refused(tiny_comfy, graph, "GlassboxSampleGuided", "100 references", "GB", "fewer")
 
 
+@pytest.mark.parametrize("passes", ["in turn", "batched"])
+def test_large_references_of_the_negative_alone_are_refused_too(
+    tiny_comfy: "Comfy", passes: str
+) -> None:
+    graph = Pipeline()
+    model, text = graph.model(), graph.text(graph.encoders())
+    latent = graph.add("EmptySD3LatentImage", width=4096, height=4096, batch_size=1)
+    tokens = graph.add("GlassboxPackLatent", latent=graph.out(latent), latent_format="FLUX.1")
+    positive = graph.conditioning(text)
+    negative = graph.conditioning(text, *[graph.out(tokens)] * 100)
+    noise = graph.noise(model)
+    wires = {"model": model, "positive": positive, "negative": negative, "noise": noise}
+    window = {"cfg": 2.0, "start": 0.0, "end": 1.0, "passes": passes, "solver": "euler"}
+    sigmas = graph.sigmas(model, noise)
+    sampled = graph.add("GlassboxSampleTrueCFG", **wires, sigmas=sigmas, **window)
+    graph.save(graph.decode(graph.autoencoder(), graph.out(sampled)))
+    refused(tiny_comfy, graph, "GlassboxSampleTrueCFG", "100 references", "GB", "fewer")
+
+
+@pytest.mark.parametrize("name", ["references", "references.reference_101", "references.first"])
+def test_references_wired_by_hand_to_no_input_are_refused(tiny_comfy: "Comfy", name: str) -> None:
+    graph = edit(references=1, seed=62)
+    for node in graph.nodes.values():
+        if node["class_type"] == "GlassboxReferenceConditioner":
+            node["inputs"][name] = node["inputs"].pop("references.reference_1")
+    words = ("references holds", "references.reference_1")
+    refused(tiny_comfy, graph, "GlassboxReferenceConditioner", *words)
+
+
 def test_two_references_with_placement_single_are_refused(tiny_comfy: "Comfy") -> None:
     graph = edit(references=2, placement="single")
     refused(tiny_comfy, graph, "GlassboxReferenceConditioner", "2 references", "'offset'")
