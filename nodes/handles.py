@@ -195,9 +195,13 @@ class TextEncodersHandle:
 
     def encode(self, prompt: str, prompt_2: str, t5_tokens: int | None) -> TextFeatures:
         """Encode a prompt; `prompt_2` is T5's, the same when empty."""
-        text = self.encoders.encode(prompt, prompt_2, tokens=t5_tokens)
-        pooled = None if text.pooled is None else host.to_outputs(text.pooled)
-        return replace(text, txt=host.to_outputs(text.txt), pooled=pooled)
+        return text_to_outputs(self.encoders.encode(prompt, prompt_2, tokens=t5_tokens))
+
+
+def text_to_outputs(text: TextFeatures) -> TextFeatures:
+    """Bring text features to where ComfyUI keeps what travels between nodes."""
+    pooled = None if text.pooled is None else host.to_outputs(text.pooled)
+    return replace(text, txt=host.to_outputs(text.txt), pooled=pooled)
 
 
 class AutoencoderHandle:

@@ -1,13 +1,20 @@
 """Prompt to text features."""
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from comfy_api.latest import io
 from typing_extensions import override
 
 from ..flux_core.values import TokenCount
 from . import host
-from .sockets import TextEncodersSocket, TextSocket
+from .handles import TextEncodersHandle
+from .sockets import TextSocket, text_encoders_input
+
+if TYPE_CHECKING:
+    from .native_text import NativeTextEncoders
+
+AnyTextEncoders: TypeAlias = TextEncodersHandle | Any  # the other is ComfyUI's CLIP
 
 
 class EncodeText(io.ComfyNode):
@@ -23,7 +30,7 @@ class EncodeText(io.ComfyNode):
             search_aliases=["clip text encode flux", "prompt", "instruction", "t5", "qwen"],
             has_intermediate_output=True,
             inputs=[
-                TextEncodersSocket.Input("text_encoders", tooltip="From a loader."),
+                text_encoders_input("From a loader, or a native CLIP of FLUX.1 or FLUX.2."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
@@ -61,13 +68,22 @@ class EncodeText(io.ComfyNode):
     @classmethod
     @override
     def execute(
-        cls, text_encoders: TextEncodersSocket.Type, prompt: str, prompt_2: str, t5_tokens: int
+        cls, text_encoders: AnyTextEncoders, prompt: str, prompt_2: str, t5_tokens: int
     ) -> io.NodeOutput:
-        text = text_encoders.encode(prompt, prompt_2, t5_tokens or None)
+        text = _as_text_encoders(text_encoders).encode(prompt, prompt_2, t5_tokens or None)
         counts = [asdict(count) for count in text.counts]
         host.tell(text.notes)
         report = "\n".join([*map(_describe, text.counts), *text.notes])
         return io.NodeOutput(text, report, ui={"glassbox_text": counts})
+
+
+def _as_text_encoders(encoders: AnyTextEncoders) -> "TextEncodersHandle | NativeTextEncoders":
+    """Take what is wired: this pack's own, or a native CLIP."""
+    if isinstance(encoders, TextEncodersHandle):
+        return encoders
+    from .native_text import NativeTextEncoders  # imported with the first use: it takes time
+
+    return NativeTextEncoders(encoders)
 
 
 def _describe(count: TokenCount) -> str:
