@@ -38,7 +38,7 @@ def check_latent(found: LatentSpec, needed: LatentSpec, name: str) -> None:
             f"The {name} input holds {found.name} tokens.",
             f"{needed.name} tokens.",
             "use one family throughout: in 'Load Model (FLUX)', 'Load Autoencoder (FLUX)' and the "
-            "latent_format of 'Pack Latent (FLUX)'.",
+            "latent_format of 'Pack Latent (FLUX)', or take all parts from one 'Load Nano (FLUX)'.",
         )
 
 

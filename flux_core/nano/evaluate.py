@@ -35,7 +35,7 @@ from ..weights.text_encoders import load_text_encoders
 from . import paths
 from .drawing import Floats, draw, draw_pillow
 from .judge import judge
-from .world import EDITS, SIDE_PX, Action, Edit, random_edit
+from .world import EDITS, SAMPLED, SIDE_PX, Action, Edit, random_edit
 
 logger = logging.getLogger(__name__)
 Draw = Callable[..., Floats]
@@ -183,10 +183,9 @@ def table(family: FluxFamily, folder: Path, count: int, seed: int, processes: in
         "|---|---|---|---|---|---|---|",
     ]
     with ProcessPoolExecutor(processes, get_context("spawn"), _one_thread) as pool:
-        rows: list[tuple[Action, bool]] = [(action, False) for action in EDITS]
+        jobs = [pool.submit(_row, family, folder, one, False, count, seed) for one in EDITS]
         if family.references.trained > 1:
-            rows += [(action, True) for action in EDITS if action != "remove"]
-        jobs = [pool.submit(_row, family, folder, *row, count, seed) for row in rows]
+            jobs += [pool.submit(_row, family, folder, one, True, count, seed) for one in SAMPLED]
         rest = pool.submit(_rest, family, folder, count, seed)
         for job in jobs:
             lines.append(job.result())

@@ -35,6 +35,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (16, 16, 16),
 }
 EDITS: tuple[Action, ...] = ("recolour", "background", "remove", "add")
+SAMPLED: tuple[Action, ...] = ("recolour", "background", "add")  # a second picture can show it
 SIDE_PX = 96
 SIZE_PX = (37.0, 42.0)  # extent of a shape; an added shape has ADDED_PX
 ADDED_PX = 40.0

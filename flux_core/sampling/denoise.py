@@ -123,8 +123,8 @@ def sampling_notes(
             "'Schedule (FLUX)'."
         )
     notes += _reference_notes(family, conditioning.references)
-    length = conditioning.text.txt.shape[1]
-    if length > family.text.tokens:
+    length, width = conditioning.text.txt.shape[1:]
+    if length > family.text.tokens and width == network.spec.context_width:
         notes.append(
             f"the text is {length} tokens long; {family.title} was trained with "
             f"{family.text.tokens}: set t5_tokens on 'Encode Text (FLUX)'."

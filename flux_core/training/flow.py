@@ -15,30 +15,9 @@ from ..tokens.ids import image_ids, text_ids
 from ..transformer.flux import Flux
 from ..transformer.plan import Plan
 from ..transformer.rope import rope_table
-from ..types import Sigmas, TokenValues
+from ..types import TokenValues
 
 Density = Callable[[int, torch.Generator], Tensor]
-
-
-def mixed(*densities: Density) -> Density:
-    """Draw each sigma from one of several densities, by lot."""
-
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        drawn = torch.stack([density(count, generator) for density in densities])
-        chosen = torch.randint(len(densities), (count,), generator=generator)
-        return drawn[chosen, torch.arange(count)]
-
-    return draw
-
-
-def one_of(sigmas: Sigmas) -> Density:
-    """Draw the sigmas that a run of few steps meets, by lot; a last 0 is not among them."""
-    steps = sigmas[sigmas > 0.0]
-
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        return steps[torch.randint(len(steps), (count,), generator=generator)]
-
-    return draw
 
 
 def logit_normal(mean: float, spread: float) -> Density:

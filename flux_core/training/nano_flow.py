@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..image.autoencoder import Autoencoder
 from ..nano.world import COLOURS, KINDS, SIDE_PX
-from .flow import FlowBatch, flow_loss, predictor
+from .flow import FlowBatch, flow_loss, logit_normal, predictor
 from .nano_model import ACTIONS, Lesson, TeachingHeads, fresh_transformer
 from .nano_pool import (
     TOKEN_PX,
@@ -71,7 +71,7 @@ class NanoTrainer:
         own = settings.seed * 1000 + rank.index
         self.rng, self.generator = random.Random(own), torch.Generator().manual_seed(own)
         self.pool = ScenePool(autoencoder, seed=own + 500, capacity=settings.capacity)
-        self.density = self.variant.density()
+        self.density = logit_normal(1.2, 1.3)
         self.step, self.progress = 0, 0.0
         if settings.compiled:
             for block in (*self.network.blocks.double_blocks, *self.network.blocks.single_blocks):

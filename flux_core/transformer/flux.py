@@ -247,7 +247,8 @@ def check_conditioning(
             raise FamilyMismatchError(
                 f"Reference {number} holds {tokens.latent.name} tokens.",
                 f"{family.latent.name} tokens for {family.title}.",
-                "encode it with that family's autoencoder, from 'Load Autoencoder (FLUX)'.",
+                "encode it with that family's autoencoder, from 'Load Autoencoder (FLUX)' or the "
+                "same 'Load Nano (FLUX)'.",
             )
     for name, size in named:
         if size not in (1, batch):
@@ -285,7 +286,8 @@ def _other_text(
     return FamilyMismatchError(
         f"The text features are {widths[0]} wide, pooled {widths[1]}{whose}.",
         f"{needed} for {family.title}, from {family.text.title}.",
-        "load this family's text encoders in 'Load Text Encoders (FLUX)'.",
+        "load this family's text encoders in 'Load Text Encoders (FLUX)', or take all parts from "
+        "one 'Load Nano (FLUX)'.",
     )
 
 

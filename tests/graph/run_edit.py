@@ -29,7 +29,8 @@ triangle, star, diamond; red, green, blue, yellow, orange, purple, white, black)
 remove and add them. The same graph edits photographs with these files, see README:
   models/diffusion_models/  flux1-kontext-dev.safetensors
   models/text_encoders/     clip_l.safetensors and t5xxl_fp16.safetensors
-  models/vae/               ae.safetensors"""
+  models/vae/               ae.safetensors
+and FLUX.2's files are named there too."""
 
 Graph = dict[str, dict[str, Any]]
 

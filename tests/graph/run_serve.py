@@ -19,6 +19,9 @@ def main() -> int:
     base = ROOT / ".cache" / "serve"
     pictures = base / "input"
     shutil.copytree(ROOT / "workflows" / "input", pictures, dirs_exist_ok=True)
+    example = ROOT / ".cache" / "comfyui-in-use" / "input" / "example.png"
+    if example.is_file():  # what ComfyUI brings, and its own graphs and ours begin with
+        shutil.copy(example, pictures)
     print("Starting ComfyUI …", flush=True)
     try:
         with Comfy.start(

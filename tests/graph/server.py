@@ -298,6 +298,8 @@ def failure(history: Json) -> Json:
 def _free_port(wanted: int) -> int:
     """The wanted port if nobody listens there; any free one for 0."""
     with socket.socket() as probe:
+        # As ComfyUI's own server listens: connections of one just stopped do not hold the port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", wanted))
         except OSError as error:
