@@ -14,8 +14,9 @@ from ..flux_core.tokens.pack import latent_tokens, tokens_latent
 from ..flux_core.types import Image
 from ..flux_core.values import Fit
 from . import host
+from .native_latent import AnyTokens, as_tokens
 from .native_vae import AnyAutoencoder, as_autoencoder
-from .sockets import FitSocket, TokensSocket, autoencoder_input
+from .sockets import FitSocket, TokensSocket, autoencoder_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/image"
 
@@ -161,7 +162,7 @@ class UnpackAndDecode(io.ComfyNode):
             search_aliases=["vae decode", "tokens to image", "unpatchify"],
             inputs=[
                 autoencoder_input("Of the model that sampled: from a loader, or a native VAE."),
-                TokensSocket.Input("tokens", tooltip="From a sampler."),
+                tokens_input("tokens", "From a sampler; or a native LATENT."),
                 FitSocket.Input(
                     "fit",
                     optional=True,
@@ -177,9 +178,11 @@ class UnpackAndDecode(io.ComfyNode):
     def execute(
         cls,
         autoencoder: AnyAutoencoder,
-        tokens: TokensSocket.Type,
+        tokens: AnyTokens,
         fit: FitSocket.Type | None = None,
     ) -> io.NodeOutput:
-        check_finite(tokens.values, "tokens input")
-        image = as_autoencoder(autoencoder).decode(tokens_latent(tokens), tokens.latent)
+        decoder = as_autoencoder(autoencoder)
+        laid = as_tokens(tokens, decoder.latent)
+        check_finite(laid.values, "tokens input")
+        image = decoder.decode(tokens_latent(laid), laid.latent)
         return io.NodeOutput(image if fit is None else undo_fit(image, fit))

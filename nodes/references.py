@@ -8,7 +8,8 @@ from ..flux_core.specs import Placement
 from ..flux_core.tokens.references import check_references, place_references
 from ..flux_core.values import Conditioning, Tokens
 from ..flux_core.weights.names import shorten
-from .sockets import ConditioningSocket, TextSocket, TokensSocket
+from .native_latent import as_tokens, is_latent
+from .sockets import ConditioningSocket, TextSocket, tokens_input
 
 _MAX_REFERENCES = 100  # ComfyUI's own limit for inputs that grow
 _NAMES = [f"reference_{number}" for number in range(1, _MAX_REFERENCES + 1)]
@@ -47,8 +48,8 @@ class ReferenceConditioner(io.ComfyNode):
                 io.Autogrow.Input(
                     "references",
                     template=io.Autogrow.TemplateNames(
-                        TokensSocket.Input(
-                            "reference", tooltip="From Encode and Pack or Position Ids."
+                        tokens_input(
+                            "reference", "From Encode and Pack or Position Ids; or a native LATENT."
                         ),
                         names=_NAMES,
                         min=0,
@@ -80,7 +81,7 @@ class ReferenceConditioner(io.ComfyNode):
                 "wire 'Encode and Pack (FLUX)' to each; in API form the inputs are called "
                 "references.reference_1 and so on.",
             )
-        ordered = [wired[name] for name in _NAMES if wired.get(name) is not None]
+        ordered = [as_tokens(wired[name]) for name in _NAMES if wired.get(name) is not None]
         check_references(ordered)
         placed = place_references(ordered, placement)
         return io.NodeOutput(Conditioning(text=text, references=placed, guidance=guidance))
@@ -88,4 +89,6 @@ class ReferenceConditioner(io.ComfyNode):
 
 def _is_tokens_by_name(wired: object) -> bool:
     """Judge what the growing input holds; a workflow written by hand may hold anything."""
-    return isinstance(wired, dict) and all(isinstance(one, Tokens | None) for one in wired.values())
+    return isinstance(wired, dict) and all(
+        isinstance(one, Tokens | None) or is_latent(one) for one in wired.values()
+    )

@@ -58,6 +58,13 @@ class TokensSocket(io.ComfyTypeIO):
     Type = values.Tokens
 
 
+def tokens_input(name: str, tooltip: str, *, optional: bool = False) -> io.MultiType.Input:
+    """An input that takes tokens, or ComfyUI's own LATENT, placed as a target."""
+    return io.MultiType.Input(
+        name, types=[TokensSocket, io.Latent], tooltip=tooltip, optional=optional
+    )
+
+
 @io.comfytype(io_type="GLASSBOX_CONDITIONING")
 class ConditioningSocket(io.ComfyTypeIO):
     """Text, placed references and guidance: what every step sees."""

@@ -10,7 +10,8 @@ from ..flux_core.tokens.inspect import describe_sequence, sequence_report
 from ..flux_core.tokens.pack import latent_tokens, tokens_latent
 from . import host
 from .native_handle import AnyModel, as_model
-from .sockets import ConditioningSocket, TokensSocket, model_input
+from .native_latent import AnyTokens, as_tokens
+from .sockets import ConditioningSocket, TokensSocket, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/tokens"
 _FARTHEST = 4096.0  # tokens, or pictures: far beyond any that fits in memory
@@ -40,7 +41,7 @@ class PositionIds(io.ComfyNode):
             "its row and its column. Reference Conditioner keeps them with placement 'as wired'.",
             search_aliases=["rope ids", "img_ids", "place reference", "offset"],
             inputs=[
-                TokensSocket.Input("tokens", tooltip="From Encode and Pack."),
+                tokens_input("tokens", "From Encode and Pack, or a native LATENT."),
                 _place_input(
                     "index",
                     1.0,
@@ -55,10 +56,8 @@ class PositionIds(io.ComfyNode):
 
     @classmethod
     @override
-    def execute(
-        cls, tokens: TokensSocket.Type, index: float, row: float, column: float
-    ) -> io.NodeOutput:
-        return io.NodeOutput(place(tokens, index=index, row=row, column=column))
+    def execute(cls, tokens: AnyTokens, index: float, row: float, column: float) -> io.NodeOutput:
+        return io.NodeOutput(place(as_tokens(tokens), index=index, row=row, column=column))
 
 
 class PackLatent(io.ComfyNode):
@@ -131,8 +130,10 @@ class InspectTokens(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 ConditioningSocket.Input("conditioning", tooltip="From Reference Conditioner."),
-                TokensSocket.Input(
-                    "noise", optional=True, tooltip="From Noise: adds the target to the sequence."
+                tokens_input(
+                    "noise",
+                    "From Noise, or a native LATENT: adds the target to the sequence.",
+                    optional=True,
                 ),
                 model_input(
                     "From a loader, or a native MODEL: shows the sequence in the order this model "
@@ -148,9 +149,10 @@ class InspectTokens(io.ComfyNode):
     def execute(
         cls,
         conditioning: ConditioningSocket.Type,
-        noise: TokensSocket.Type | None = None,
+        noise: AnyTokens | None = None,
         model: AnyModel | None = None,
     ) -> io.NodeOutput:
         rule = None if model is None else as_model(model).family.references
-        sequence = describe_sequence(conditioning, noise, rule)
+        target = None if noise is None else as_tokens(noise)
+        sequence = describe_sequence(conditioning, target, rule)
         return io.NodeOutput(sequence_report(sequence), ui={"glassbox_tokens": [sequence]})

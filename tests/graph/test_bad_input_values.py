@@ -352,8 +352,9 @@ def test_a_choice_that_does_not_exist_is_refused(tiny_comfy: "Comfy") -> None:
     invalid(tiny_comfy, graph, "GlassboxReferenceConditioner", kind, "placement")
 
 
-def test_a_native_socket_does_not_fit_ours(tiny_comfy: "Comfy") -> None:
+def test_a_latent_is_no_noise(tiny_comfy: "Comfy") -> None:
     graph = Pipeline()
+    model = graph.model()
     latent = graph.out(graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1))
-    graph.save(graph.decode(graph.autoencoder(), latent))
-    invalid(tiny_comfy, graph, "GlassboxUnpackAndDecode", "return_type_mismatch", "tokens")
+    graph.show(graph.sigmas(model, latent))
+    invalid(tiny_comfy, graph, "GlassboxSchedule", "return_type_mismatch", "noise")

@@ -1,0 +1,46 @@
+"""ComfyUI's own LATENT on our token sockets: packed as Pack Latent does."""
+
+from typing import Any, TypeAlias
+
+from ..flux_core.checks import check_finite
+from ..flux_core.errors import FamilyMismatchError
+from ..flux_core.families import FLUX1_LATENT, FLUX2_LATENT
+from ..flux_core.specs import LatentSpec
+from ..flux_core.tokens.pack import latent_tokens
+from ..flux_core.values import Tokens
+from . import host
+
+AnyTokens: TypeAlias = Tokens | Any  # the other is ComfyUI's LATENT
+
+
+def is_latent(value: object) -> bool:
+    """Tell a LATENT from anything else a wire may hold."""
+    return isinstance(value, dict) and hasattr(value.get("samples"), "shape")
+
+
+def as_tokens(tokens: AnyTokens, autoencoder: LatentSpec | None = None) -> Tokens:
+    """Take what is wired to a token socket: tokens, or a LATENT, placed as a target.
+
+    Args:
+        tokens: what is wired.
+        autoencoder: what decodes it, where that is known; else the channels say whose it is.
+
+    Raises:
+        FamilyMismatchError: a latent that is not FLUX's.
+        ShapeError: its sides do not divide into tokens.
+        SettingError: it carries what tokens cannot, such as a noise mask.
+    """
+    if isinstance(tokens, Tokens):
+        return tokens
+    samples = host.latent_samples(tokens)
+    channels = samples.shape[1] if len(samples.shape) == 4 else 0
+    known = [FLUX1_LATENT, FLUX2_LATENT]
+    for spec in known if autoencoder is None else [autoencoder, *known]:
+        if spec.channels == channels:
+            check_finite(samples, "latent input")
+            return latent_tokens(samples, spec)
+    raise FamilyMismatchError(
+        f"The latent has shape {tuple(samples.shape)}.",
+        " or ".join(f"{one.name}'s, with {one.channels} channels" for one in known) + ".",
+        "encode the picture with FLUX's VAE, or in 'Encode and Pack (FLUX)'.",
+    )
