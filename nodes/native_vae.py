@@ -17,6 +17,8 @@ from . import host
 from .handles import AutoencoderHandle
 
 _OVERFLOW = "look at the node that made the tokens, or start ComfyUI with --fp32-vae."
+_LOAD = "load ae.safetensors or flux2-vae.safetensors with 'Load VAE'."
+_MODULE = "comfy.ldm.models.autoencoder"
 
 AnyAutoencoder: TypeAlias = AutoencoderHandle | Any  # the other is ComfyUI's VAE
 
@@ -71,7 +73,11 @@ class NativeAutoencoder:
 
 
 def _latent(vae: Any) -> LatentSpec:
-    """Tell FLUX's VAEs by the shape of their latents."""
+    """Tell FLUX's VAEs by their class and the shape of their latents."""
+    kind: type[object] = type(vae.first_stage_model)
+    if all(one.__module__ != _MODULE for one in kind.__mro__):
+        found = "empty" if vae.first_stage_model is None else f"a {kind.__name__}"
+        raise FamilyMismatchError(f"The VAE is {found}.", "FLUX's own autoencoder.", _LOAD)
     shape = (vae.latent_dim, vae.latent_channels, vae.spacial_compression_encode())
     for latent in (FLUX1_LATENT, FLUX2_LATENT):
         if shape == (2, latent.channels, latent.downscale):
@@ -79,5 +85,5 @@ def _latent(vae: Any) -> LatentSpec:
     raise FamilyMismatchError(
         f"The VAE's latents have {shape[1]} channels, 1/{shape[2]} of the picture's size.",
         "FLUX.1's, 16 channels at 1/8, or FLUX.2's, 128 at 1/16.",
-        "load ae.safetensors or flux2-vae.safetensors with 'Load VAE'.",
+        _LOAD,
     )

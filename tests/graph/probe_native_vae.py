@@ -71,14 +71,23 @@ def _decode(nodes: dict[str, Any], autoencoder: Any, tokens: Any) -> Any:
 
 def _refused(nodes: dict[str, Any], flux2: Any, image: Any, tokens: Any) -> dict[str, str]:
     """What each wrong use says."""
+    import comfy.sd
     import torch
+    from comfy.taesd.taesd import TAESD
 
     video = types.SimpleNamespace(
-        latent_dim=3, latent_channels=16, spacial_compression_encode=lambda: 8
+        first_stage_model=flux2.first_stage_model,
+        latent_dim=3,
+        latent_channels=16,
+        spacial_compression_encode=lambda: 8,
     )
+    small = comfy.sd.VAE(sd=TAESD(latent_channels=16).state_dict())
+    empty = types.SimpleNamespace(first_stage_model=None)
     pack = nodes["GlassboxPackLatent"].execute
     other = pack(latent={"samples": torch.zeros(1, 16, 4, 8)}, latent_format="FLUX.1").result[0]
     uses = {
+        "taesd": lambda: _encode(nodes, small, image),
+        "empty": lambda: _encode(nodes, empty, image),
         "video": lambda: _encode(nodes, video, image),
         "sample": lambda: _encode(nodes, flux2, image, "sample"),
         "size": lambda: _encode(nodes, flux2, image[:, :, :40]),

@@ -26,6 +26,8 @@ def test_a_native_vae_equals_our_autoencoder_with_the_same_file(
 @pytest.mark.parametrize(
     ("use", "words"),
     [
+        ("taesd", "FamilyMismatchError: The VAE is a TAESD. Needed: FLUX's own autoencoder."),
+        ("empty", "FamilyMismatchError: The VAE is empty."),
         ("video", "FamilyMismatchError: The VAE's latents have 16 channels, 1/8"),
         (
             "sample",
