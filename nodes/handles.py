@@ -226,6 +226,7 @@ class AutoencoderHandle:
         Raises:
             ShapeError: channels or sides do not fit.
             MemoryLimitError: one picture takes more memory than there is.
+            NonFiniteError: the autoencoder overflowed.
         """
         check_image(image)
         height, width = image.shape[1:3]
@@ -235,7 +236,9 @@ class AutoencoderHandle:
             self.autoencoder.encode(self._here(to_pixels(one)), generator=generator)
             for one in image.split(1)
         ]
-        return host.to_outputs(torch.cat(latents).float())
+        encoded = torch.cat(latents)
+        check_finite(encoded, "encoded picture", _OVERFLOW)
+        return host.to_outputs(encoded.float())
 
     def decode(self, latent: Latent, spec: LatentSpec) -> Image:
         """Decode latents to pictures (B, H, W, 3).

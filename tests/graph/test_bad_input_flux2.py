@@ -166,6 +166,23 @@ def test_comfyuis_latent_of_flux2_comes_through_bit_for_bit(flux2_comfy: "Comfy"
 # ---- files
 
 
+@pytest.mark.parametrize(("half", "node"), [("encoder", "Encode"), ("decoder", "Decode")])
+def test_an_autoencoder_that_gives_nan_is_named_on_the_node_that_used_it(
+    flux2_comfy: "Comfy", half: str, node: str
+) -> None:
+    state = tiny_flux2.autoencoder_state()
+    state[f"{half}.conv_in.bias"].fill_(float("nan"))
+    name = f"nan_{half}.safetensors"
+    tiny.save(state, flux2_comfy.models_dir / "vae" / name)
+    graph = Pipeline()
+    autoencoder = graph.autoencoder(name)
+    tokens = graph.tokens(autoencoder, graph.picture(64, 64))
+    image = graph.add("GlassboxUnpackAndDecode", autoencoder=autoencoder, tokens=tokens)
+    graph.add("PreviewImage", images=graph.out(image))
+    types = {"Encode": "GlassboxEncodeAndPack", "Decode": "GlassboxUnpackAndDecode"}
+    refused(flux2_comfy, graph, types[node], f"{node.lower()}d picture", "Load Autoencoder (FLUX)")
+
+
 @pytest.mark.parametrize(
     ("loader", "folder", "state", "words"),
     [
