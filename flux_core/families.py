@@ -87,34 +87,19 @@ FLUX1_DEV = FluxFamily(
     file_hints=("flux1-dev", "flux-dev", "flux1_dev", "flux_dev"),
     source="black-forest-labs/flux@802fb47 src/flux/util.py configs, src/flux/cli.py",
 )
-FLUX1_KREA = FluxFamily(
-    name="flux1-krea",
-    title="FLUX.1 Krea [dev]",
-    transformer=_FLUX1_TRANSFORMER,
-    latent=FLUX1_LATENT,
-    text=FLUX1_TEXT,
-    references=ReferenceSpec(trained=0),
-    schedule=LinearShift(),
-    guidance="embedded",
-    default_steps=50,
-    default_guidance=2.5,
-    file_hints=("krea",),
-    source="black-forest-labs/flux@802fb47 src/flux/util.py configs, src/flux/cli.py",
-)
-FLUX1_SCHNELL = FluxFamily(
+FLUX1_KREA = replace(FLUX1_DEV, name="flux1-krea", title="FLUX.1 Krea [dev]", file_hints=("krea",))
+FLUX1_SCHNELL = replace(
+    FLUX1_DEV,
     name="flux1-schnell",
     title="FLUX.1 [schnell]",
     transformer=_FLUX1_SCHNELL_TRANSFORMER,
-    latent=FLUX1_LATENT,
     text=replace(FLUX1_TEXT, t5_tokens=256),
-    references=ReferenceSpec(trained=0),
     schedule=None,
     guidance="none",
     is_step_distilled=True,
     default_steps=4,
     default_guidance=0.0,  # huggingface/diffusers; it has no guidance input
     file_hints=("schnell",),
-    source="black-forest-labs/flux@802fb47 src/flux/util.py configs, src/flux/cli.py",
 )
 NANO_KONTEXT = FluxFamily(
     name="nano-kontext",

@@ -1,14 +1,12 @@
 """ComfyUI's own samplers with our references do what our sampler does, and keep what they are."""
 
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from glassbox.tests.graph.probe import run_probe
-from glassbox.tests.graph.workflows import api_form, upload_pictures
+from glassbox.tests.graph.workflows import api_form, pixels, upload_pictures
 
 if TYPE_CHECKING:
     from glassbox.tests.graph.server import Comfy
@@ -65,11 +63,6 @@ def test_what_does_not_fit_is_refused_by_name(probe: dict[str, Any], use: str, w
 def test_the_native_workflow_makes_the_picture_of_the_one_it_is_taken_from(comfy: "Comfy") -> None:
     upload_pictures(comfy)
     names = ("04_nano_two_references", "12_native_nano_ksampler")
-    ours, native = (_pixels(comfy.images(comfy.run(api_form(name)))[0]) for name in names)
+    ours, native = (pixels(comfy.images(comfy.run(api_form(name)))[0]) for name in names)
     assert np.ptp(ours) > 100
     assert np.abs(ours - native).max() <= 1  # of 255: one may be rounded the other way
-
-
-def _pixels(picture: bytes) -> Any:
-    with Image.open(io.BytesIO(picture)) as opened:
-        return np.asarray(opened.convert("RGB")).astype(int)

@@ -1,9 +1,13 @@
 """The example workflows as data: both forms, and what ComfyUI's /object_info says about them."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from glassbox.tests.graph.server import ROOT, Comfy
 
@@ -145,3 +149,9 @@ def model_files(ui: Json) -> dict[str, Path]:
     """The model files a workflow names: file name -> its place under models/."""
     models = [m for node in ui["nodes"] for m in node["properties"].get("models", [])]
     return {model["name"]: Path(model["directory"]) / model["name"] for model in models}
+
+
+def pixels(picture: bytes) -> Any:
+    """The red, green and blue of a saved picture (H, W, 3), as integers that can be subtracted."""
+    with Image.open(io.BytesIO(picture)) as opened:
+        return np.asarray(opened.convert("RGB")).astype(int)
