@@ -24,13 +24,13 @@ from .report import dtype_name
 from .transformer_keys import PREFIXES
 
 _NEEDED = "float8 with scales or nvfp4 as ComfyUI writes them, GGUF, or bfloat16."
-_BF16 = "choose the bfloat16 file of this model."
+PLAIN_FILE = "choose the bfloat16 file of this model."
 _METADATA = "_quantization_metadata"
 _SCALES = (".weight_scale", ".scale_weight")  # new and old name
 _SECOND, _SMOOTHING, _SAID = ".weight_scale_2", ".pre_quant_scale", ".comfy_quant"
 _INPUT = (".input_scale", ".scale_input")  # for quantised activations, which are not used here
 _ENDINGS = (*_SCALES, _SECOND, _SMOOTHING, _SAID, *_INPUT)
-_OTHER_PARTS = ("text_encoders.", "cond_stage_model.")  # of a whole checkpoint; left alone
+_OTHER_PARTS = ("text_encoders.", "cond_stage_model.")  # of a whole checkpoint
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LONGEST_SAID = 4096  # bytes of what one layer says of its format
@@ -38,8 +38,12 @@ _LONGEST_SAID = 4096  # bytes of what one layer says of its format
 _Parts = Mapping[str, str]  # ending → key in the file
 
 
-def open_plain(path: Path) -> Checkpoint:
+def open_plain(path: Path, *, others: tuple[str, ...] = _OTHER_PARTS) -> Checkpoint:
     """Open a file as `open_checkpoint` does, and show quantised weights as what they stand for.
+
+    Args:
+        path: as there.
+        others: prefixes of the parts of a whole checkpoint that are left alone.
 
     Raises:
         CheckpointError: as there; or a format is not known, or a scale is missing or misshapen.
@@ -49,7 +53,7 @@ def open_plain(path: Path) -> Checkpoint:
     marks = {
         key
         for key in keys
-        if key.endswith(("scaled_fp8", *_ENDINGS)) and not key.startswith(_OTHER_PARTS)
+        if key.endswith(("scaled_fp8", *_ENDINGS)) and not key.startswith(others)
     }
     if not marks and _METADATA not in checkpoint.metadata:
         return checkpoint
@@ -58,7 +62,7 @@ def open_plain(path: Path) -> Checkpoint:
         ending = next((ending for ending in _ENDINGS if key.endswith(ending)), "")
         if key.removesuffix(ending) + ".weight" in keys:
             layers.setdefault(key.removesuffix(ending), {})[ending] = key
-    said = _said_in_header(checkpoint) | _said_by_layers(checkpoint, layers)
+    said = _said_in_header(checkpoint, others) | _said_by_layers(checkpoint, layers)
     shapes = dict(keys)
     quantised: dict[str, Quantised] = {}
     for layer in said.keys() | layers.keys():
@@ -79,7 +83,7 @@ def open_plain(path: Path) -> Checkpoint:
     return replace(checkpoint, shapes=shapes, dtypes=dtypes, metadata=rest, quantised=quantised)
 
 
-def _said_in_header(checkpoint: Checkpoint) -> dict[str, str]:
+def _said_in_header(checkpoint: Checkpoint, others: tuple[str, ...]) -> dict[str, str]:
     """Read each layer's format from the metadata, where they have them."""
     text = checkpoint.metadata.get(_METADATA)
     if text is None:
@@ -91,7 +95,7 @@ def _said_in_header(checkpoint: Checkpoint) -> dict[str, str]:
     for name, settings in cast("dict[str, object]", layers).items():
         # Names are those of the keys, or, where a prefix was put before the keys, without it.
         layer = next((p + name for p in PREFIXES if p + name + ".weight" in checkpoint.shapes), "")
-        if layer and not layer.startswith(_OTHER_PARTS):
+        if layer and not layer.startswith(others):
             formats[layer] = _format(checkpoint, settings)
     return formats
 
@@ -220,7 +224,7 @@ def _lacks(checkpoint: Checkpoint, weight: str, ending: str) -> CheckpointError:
 
 
 def _refused(checkpoint: Checkpoint, what: str) -> CheckpointError:
-    return CheckpointError(f"{checkpoint.path.name} {what}.", _NEEDED, _BF16)
+    return CheckpointError(f"{checkpoint.path.name} {what}.", _NEEDED, PLAIN_FILE)
 
 
 def _unreadable(checkpoint: Checkpoint) -> CheckpointError:
