@@ -17,6 +17,7 @@ from .files import Checkpoint
 from .header import ANOTHER_FILE
 from .layout import Layout
 from .report import dtype_name
+from .stored import Kept, choose_kept, read_kept
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,11 +30,21 @@ class Conversion:
     layout: Layout
     target: torch.dtype  # of the parameters
     fixed: Mapping[str, torch.dtype]  # of the buffers, by our names
+    kept: Mapping[str, Kept]  # weights that stay as they are stored, by our names
+    reasons: Mapping[str, str]  # why others cannot, by the file's keys
 
     def read(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        """Make our tensors one by one; what needs no change is the file's own memory."""
-        uses = {part: key for key, one in self.layout.recipes.items() for part in one.parts}
-        state: dict[str, Tensor] = {}
+        """Make our tensors one by one; what needs no change is the file's own memory.
+
+        Weights that are kept come with what their layers need beside them.
+        """
+        uses = {
+            part: key
+            for key, one in self.layout.recipes.items()
+            for part in one.parts
+            if key not in self.kept
+        }
+        state = read_kept(self.checkpoint, self.kept.values(), device)
         waiting: dict[str, Tensor] = {}
         for part, tensor in self.checkpoint.stream(uses):
             waiting[part] = tensor
@@ -50,15 +61,19 @@ class Conversion:
             (part, self._type(key))
             for key, recipe in self.layout.recipes.items()
             for part in recipe.parts
+            if key not in self.kept
         ]
         plain = Counter(
-            (self.checkpoint.dtypes[part], made) for part, made in stored if part not in quantised
+            (self.checkpoint.dtypes[part], made, self._why(part))
+            for part, made in stored
+            if part not in quantised
         )
-        notes = [*self._dequantised([(part, made) for part, made in stored if part in quantised])]
+        notes = [*self._kept()]
+        notes += self._dequantised([(part, made) for part, made in stored if part in quantised])
         notes += [
-            f"converted from {dtype_name(given)} to {dtype_name(made)}: "
-            f"{count} of {len(stored)} tensors"
-            for (given, made), count in plain.most_common()
+            f"converted from {dtype_name(given)} to {dtype_name(made)}{why}: "
+            f"{count} of {len(stored) + len(self.kept)} tensors"
+            for (given, made, why), count in plain.most_common()
             if given != made
         ]
         if self.layout.others:
@@ -66,15 +81,30 @@ class Conversion:
             notes.append(f"tensors of other parts in the same file, left alone: {others}")
         return notes
 
+    def _kept(self) -> Iterator[str]:
+        """Tell for each format how many tensors stay as they are, and how large they are."""
+        for name in dict.fromkeys(one.how.format for one in self.kept.values()):
+            sizes = [one.how.stored_bytes for one in self.kept.values() if one.how.format == name]
+            yield (
+                f"kept as {name}: {len(sizes)} tensors, {sum(sizes) / 1e9:.2f} GB; each becomes "
+                f"{dtype_name(self.target)} when it is used"
+            )
+
+    def _why(self, part: str) -> str:
+        return f", {self.reasons[part]}" if part in self.reasons else ""
+
     def _dequantised(self, parts: list[tuple[str, torch.dtype]]) -> Iterator[str]:
-        """Tell for each format how many tensors were made plain, and what that costs."""
+        """Tell for each format how many tensors were made plain, why, and what that costs."""
         quantised = self.checkpoint.quantised
-        for name, made in dict.fromkeys((quantised[part].format, made) for part, made in parts):
-            keys = [part for part, to in parts if (quantised[part].format, to) == (name, made)]
+        groups: dict[tuple[str, torch.dtype, str], list[str]] = {}
+        for part, made in parts:
+            group = (quantised[part].format, made, self._why(part))
+            groups.setdefault(group, []).append(part)
+        for (name, made, why), keys in groups.items():
             size = sum(math.prod(self.checkpoint.shapes[key]) for key in keys) * made.itemsize
             before = sum(quantised[key].stored_bytes for key in keys)
             yield (
-                f"dequantised from {name} to {dtype_name(made)}: {len(keys)} tensors, "
+                f"dequantised from {name} to {dtype_name(made)}{why}: {len(keys)} tensors, "
                 f"{size / 1e9:.2f} GB in memory that are {before / 1e9:.2f} GB in the file"
             )
 
@@ -87,6 +117,8 @@ def plan_conversion(
     layout: Layout,
     asked: torch.dtype | None,
     fixed: Mapping[str, torch.dtype],
+    *,
+    as_stored: bool = False,
 ) -> Conversion:
     """Choose one dtype for all parameters: what is asked for, or what most of the file has.
 
@@ -94,6 +126,7 @@ def plan_conversion(
         checkpoint, layout: the file.
         asked: None keeps the file's own, with float8 and quantised weights widened to bfloat16.
         fixed: types of the module's buffers, by our names.
+        as_stored: keep quantised weights as they are stored, where a layer can hold them.
 
     Raises:
         CheckpointError: what is to be a fraction is stored as something else.
@@ -118,7 +151,8 @@ def plan_conversion(
         target = weights.most_common(1)[0][0]
         if target not in _FLOATS:  # float8 widens to bfloat16 exactly
             target = torch.float32 if target == torch.float64 else torch.bfloat16
-    return Conversion(checkpoint, layout, target, fixed)
+    kept, reasons = choose_kept(checkpoint, layout, target) if as_stored else ({}, {})
+    return Conversion(checkpoint, layout, target, fixed, kept, reasons)
 
 
 def check_statistics(checkpoint: Checkpoint, mean: Tensor, variance: Tensor) -> None:

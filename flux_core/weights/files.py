@@ -66,15 +66,15 @@ class Checkpoint:
         needed = [
             name for key in keys if key in self.quantised for name in self.quantised[key].scales
         ]
-        scales = dict(self._stored(needed))
-        for key, stored in self._stored(keys):
+        scales = dict(self.stored(needed))
+        for key, stored in self.stored(keys):
             how = self.quantised.get(key)
             if how is not None:
                 stored = how.restore(key, stored, [scales[name] for name in how.scales])
             yield key, stored
 
-    def _stored(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (key, tensor) as the file has them."""
+    def stored(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (key, tensor) as the file has them; the keys of scales are known here as well."""
         wanted: dict[Path, list[str]] = {}
         for key in keys:
             if key not in self.places:

@@ -4,7 +4,8 @@ Everything that can be wrong with a file's keys and shapes is said before a weig
 Tensors that need no change stay memory-mapped: a 24 GB file is not held twice.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
@@ -43,15 +44,18 @@ def load_flux(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     operations: Operations | None = None,
+    stored_operations: Operations | None = None,
 ) -> tuple[Flux, LoadReport]:
     """Load a FLUX.1 or FLUX.2 transformer.
 
     Args:
-        path: a file, a shard or a folder; see `open_checkpoint`; quantised weights are made plain.
+        path: a file, a shard or a folder; see `open_checkpoint`.
         family: None finds it out, see `choose_family`.
         dtype: of the weights; None keeps the file's own, with fewer bits widened to bfloat16.
         device: where the weights go; None leaves them in memory mapped from the file.
         operations: the layer classes; PyTorch's own when None.
+        stored_operations: the layer classes for a file with quantised weights that can stay in
+            memory as they are stored, see `operations.py`; None makes them plain.
 
     Returns:
         The network in evaluation mode without gradients, and what was found.
@@ -71,12 +75,15 @@ def load_flux(
     twin = build_flux(chosen, spec, device="meta")
     modulation, blocks = shapes_of(twin.modulation), shapes_of(twin.blocks)
     check_tensors(checkpoint, layout, shapes, modulation | blocks, chosen.title)
-    conversion = plan_conversion(checkpoint, layout, dtype, {})
-    target = conversion.target
-    network = build_flux(chosen, spec, dtype=target, device="meta", operations=operations)
+    as_stored = stored_operations is not None
+    conversion = plan_conversion(checkpoint, layout, dtype, {}, as_stored=as_stored)
+    where: str | torch.device = "meta"
+    if conversion.kept:  # such layers make no weight, and put it on the device they are made for
+        operations, where = stored_operations, device or "cpu"
+    network = build_flux(chosen, spec, dtype=conversion.target, device=where, operations=operations)
     state = conversion.read(device)
-    _assign(network.modulation, {key: state[key] for key in modulation})
-    _assign(network.blocks, {key: state[key] for key in blocks})
+    _assign(network.modulation, _part(state, modulation))
+    _assign(network.blocks, _part(state, blocks))
     lines = (chosen.title, differences(spec, chosen), *conversion.notes())
     return network, _report(conversion, known, state, lines)
 
@@ -147,6 +154,15 @@ def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.requires_grad_(False).eval()
 
 
+def _part(state: Mapping[str, Tensor], keys: Container[str]) -> dict[str, Tensor]:
+    """Take the tensors of one part, and what lies beside its weights."""
+    return {
+        key: tensor
+        for key, tensor in state.items()
+        if key in keys or key.rpartition(".")[0] + ".weight" in keys
+    }
+
+
 def _report(
     conversion: Conversion, known: Known, state: Mapping[str, Tensor], lines: tuple[str, ...]
 ) -> LoadReport:
@@ -161,7 +177,8 @@ def _report(
         layout=layout.name,
         prefix=layout.prefix,
         dtype=conversion.target,
-        tensors=len(state),
-        parameters=sum(tensor.numel() for tensor in state.values()),
+        tensors=len(layout.recipes),
+        parameters=sum(math.prod(shape) for shape in layout.shapes(checkpoint.shapes).values()),
+        size=sum(tensor.nbytes for tensor in state.values()),
         notes=tuple(note for note in notes if note),
     )

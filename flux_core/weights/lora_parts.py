@@ -78,6 +78,28 @@ class LoraPart:
     scale: float  # alpha / rank, times the strengths
 
 
+@dataclass(frozen=True, slots=True)
+class AddedAtUse:
+    """Changes of one weight that stays as it is stored, added to the numbers made of it.
+
+    Args:
+        parts: the changes.
+        divisor: (columns,), by which the layer multiplies its input before the weight, if it does.
+    """
+
+    parts: tuple[LoraPart, ...]
+    divisor: Tensor | None = None
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Change a weight (rows, columns) that was made for this use, in place."""
+        for part in self.parts:
+            delta = part.change.delta(weight.device)
+            if self.divisor is not None:
+                delta = delta / self.divisor.to(delta)
+            weight.narrow(0, part.start, part.rows).add_(delta, alpha=part.scale)
+        return weight
+
+
 def patched(weight: Tensor, parts: Iterable[LoraPart]) -> Tensor:
     """Add changes to a weight, in float32.
 

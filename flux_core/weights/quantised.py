@@ -7,6 +7,7 @@ Source: Comfy-Org/ComfyUI 0.30.0 QUANTIZATION.md and comfy/quant_ops.py; the ord
 block scales is cuBLAS's, docs.nvidia.com/cuda/cublas "1D Block Scaling Factors Layout".
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,21 @@ class Quantised:
         Raises:
             CheckpointError: a scale is not finite or below 0, or a number it makes is not finite.
         """
+        self._check_scales(key, scales)
+        made = self.how(stored, scales)
+        self._check_finite(key, made.sum())  # one that is not finite spoils the sum
+        return made
+
+    def check(self, key: str, stored: Tensor, scales: Sequence[Tensor]) -> None:
+        """Refuse what `restore` refuses, from the largest number alone; float8 and nvfp4.
+
+        Raises:
+            CheckpointError: as there.
+        """
+        self._check_scales(key, scales)
+        self._check_finite(key, _largest(stored, scales))
+
+    def _check_scales(self, key: str, scales: Sequence[Tensor]) -> None:
         for name, scale in zip(self.scales, scales, strict=True):
             numbers = scale.view(torch.float8_e4m3fn) if scale.dtype == torch.uint8 else scale
             numbers = numbers.to(torch.float32)
@@ -48,14 +64,27 @@ class Quantised:
                     "finite scales, not below 0.",
                     ANOTHER_FILE,
                 )
-        made = self.how(stored, scales)
-        if not made.sum().isfinite():  # one that is not spoils the sum
+
+    def _check_finite(self, key: str, number: Tensor) -> None:
+        if not number.isfinite():
             raise CheckpointError(
                 f"'{shorten(key)}' holds numbers as {self.format} that are not finite.",
                 "finite numbers.",
                 ANOTHER_FILE,
             )
-        return made
+
+
+def _largest(stored: Tensor, scales: Sequence[Tensor]) -> Tensor:
+    """Tell how large a number can be that is made of float8 or nvfp4."""
+    if stored.dtype == torch.uint8:
+        largest = torch.tensor(_FP4[-1])
+    else:
+        # Without the sign, bytes of float8 are in the order of their numbers, and NaN comes last.
+        largest = (stored.view(torch.uint8) & 127).max().view(stored.dtype).to(torch.float32)
+    for scale in scales:
+        numbers = scale.view(torch.float8_e4m3fn) if scale.dtype == torch.uint8 else scale
+        largest = largest * numbers.to(torch.float32).max()
+    return largest
 
 
 def restore_float8(stored: Tensor, scales: Sequence[Tensor]) -> Tensor:
@@ -86,8 +115,13 @@ def restore_nvfp4(stored: Tensor, scales: Sequence[Tensor]) -> Tensor:
 
 def tiled_scales(rows: int, columns: int) -> int:
     """Count the block scales of an nvfp4 weight; tiles at its edges are stored whole."""
-    tiles = -(-rows // _TILE_ROWS) * -(-(columns // BLOCK) // _TILE_BLOCKS)
-    return tiles * _TILE_ROWS * _TILE_BLOCKS
+    return math.prod(tiled_shape(rows, columns))
+
+
+def tiled_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Tell the shape ComfyUI gives those scales."""
+    down, across = -(-rows // _TILE_ROWS), -(-(columns // BLOCK) // _TILE_BLOCKS)
+    return down * _TILE_ROWS, across * _TILE_BLOCKS
 
 
 def _in_rows(blocks: Tensor, rows: int, columns: int) -> Tensor:

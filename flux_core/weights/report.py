@@ -19,18 +19,18 @@ class LoadReport:
     dtype: torch.dtype  # of the module
     tensors: int
     parameters: int
+    size: int  # bytes in memory
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Write one fact per line."""
         shards = f" in {self.files} files" if self.files > 1 else ""
         prefix = f", keys begin with '{self.prefix}'" if self.prefix else ""
-        size = self.parameters * self.dtype.itemsize
         lines = [
             f"{self.title} ({self.known_by})",
             f"{self.source}{shards}, {self.layout} layout{prefix}",
             f"{self.tensors} tensors, {self.parameters:,} parameters, {dtype_name(self.dtype)}, "
-            f"{size / 1e9:.2f} GB",
+            f"{self.size / 1e9:.2f} GB",
             *self.notes,
         ]
         return "\n".join(lines)
