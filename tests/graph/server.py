@@ -63,6 +63,7 @@ class Comfy:
         base: Path | None = None,
         port: int | None = None,
         timeout_s: float = 240,
+        packs: Sequence[Path] = (),
     ) -> Iterator["Comfy"]:
         """Start a ComfyUI and stop it in the end, whatever happens in between.
 
@@ -71,6 +72,7 @@ class Comfy:
             base: base directory to keep; a temporary one without it.
             port: a free one without it.
             timeout_s: seconds it may take until it answers.
+            packs: other node packs to link in beside this one.
         """
         with contextlib.ExitStack() as stack:
             if base is None:
@@ -79,20 +81,23 @@ class Comfy:
                 )
                 base = Path(stack.enter_context(scratch))
             stack.enter_context(_stopped_by_sigterm())
-            comfy = cls._launch(base.resolve(), _free_port(port or 0), arguments)
+            comfy = cls._launch(base.resolve(), _free_port(port or 0), arguments, packs)
             stack.callback(comfy.stop)
             comfy._wait_until_up(timeout_s)
             yield comfy
 
     @classmethod
-    def _launch(cls, base: Path, port: int, arguments: Sequence[str]) -> "Comfy":
-        """Start the process in a base directory into which the pack is linked."""
+    def _launch(
+        cls, base: Path, port: int, arguments: Sequence[str], packs: Sequence[Path]
+    ) -> "Comfy":
+        """Start the process in a base directory into which the packs are linked."""
         for folder in ("custom_nodes", "input", "output", "models"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        link = base / "custom_nodes" / PACK
-        if link.is_symlink():
-            link.unlink()
-        link.symlink_to(ROOT, target_is_directory=True)
+        for name, folder in {PACK: ROOT, **{one.name: one for one in packs}}.items():
+            link = base / "custom_nodes" / name
+            if link.is_symlink():
+                link.unlink()
+            link.symlink_to(folder, target_is_directory=True)
         home = comfyui_path()
         command = [sys.executable, str(home / "main.py"), "--listen", "127.0.0.1"]
         command += ["--port", str(port), "--base-directory", str(base)]

@@ -15,6 +15,7 @@ from glassbox.tests.graph.workflows import (
     FOLDER,
     NAMES,
     NANO_NAMES,
+    NATIVE_NAMES,
     NOTES,
     PICTURES,
     PUBLISHED_NAMES,
@@ -31,6 +32,9 @@ from glassbox.tests.graph.workflows import (
 
 pytestmark = pytest.mark.graph
 Json = dict[str, Any]
+_LOADERS = ("GlassboxLoad", "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader")
+# One has no small random file to run with, the others only with ComfyUI's own parts.
+_RUN_ELSEWHERE = {"03_kontext_edit", *NATIVE_NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +45,8 @@ def schemas(comfy: Comfy) -> Json:
 
 def test_every_workflow_has_both_forms() -> None:
     assert [path.stem for path in sorted((FOLDER / "api").glob("*.json"))] == NAMES
-    assert len(NANO_NAMES) == 7
-    assert len(NAMES) == 13
+    assert len(NANO_NAMES) == 8
+    assert len(NAMES) == 16
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -139,7 +143,8 @@ def test_no_seed_changes_by_itself(name: str, schemas: Json) -> None:
 def test_pictures_keep_their_size_through_the_graph(name: str) -> None:
     graph = api_form(name)
     decode = next(n for n in graph.values() if n["class_type"] == "GlassboxUnpackAndDecode")
-    noise = next(n for n in graph.values() if n["class_type"] == "GlassboxNoise")
+    targets = ("GlassboxNoise", "EmptyFlux2LatentImage")
+    noise = next(n for n in graph.values() if n["class_type"] in targets)
     if "fit" in decode["inputs"]:
         fit = decode["inputs"]["fit"][0]
         assert noise["inputs"]["width"] == [fit, 2]
@@ -150,7 +155,7 @@ def test_pictures_keep_their_size_through_the_graph(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED_NAMES)
 def test_loaders_of_published_files_say_where_to_get_them(name: str) -> None:
     ui = ui_form(name)
-    loaders = [n for n in ui["nodes"] if n["type"].startswith("GlassboxLoad")]
+    loaders = [n for n in ui["nodes"] if n["type"].startswith(_LOADERS)]
     (note,) = (n["widgets_values"][0] for n in ui["nodes"] if n["type"] in NOTES)
     assert len(loaders) == 3
     for node in loaders:
@@ -164,7 +169,7 @@ def test_loaders_of_published_files_say_where_to_get_them(name: str) -> None:
             assert model["name"] in note
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED_NAMES if name != "03_kontext_edit"])
+@pytest.mark.parametrize("name", [one for one in PUBLISHED_NAMES if one not in _RUN_ELSEWHERE])
 def test_workflows_of_flux2_run_with_files_of_the_published_names(
     name: str, comfy: Comfy, schemas: Json
 ) -> None:

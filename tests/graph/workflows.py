@@ -16,6 +16,7 @@ PICTURES = sorted((FOLDER / "input").glob("*.png"))
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 NANO_NAMES = [name for name in NAMES if "_nano_" in name]
 PUBLISHED_NAMES = [name for name in NAMES if "_nano_" not in name]
+NATIVE_NAMES = [name for name in NAMES if "_native_" in name]
 NOTES = ("Note", "MarkdownNote")  # the browser's own: they are not sent to the server
 
 Json = dict[str, Any]
