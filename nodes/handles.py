@@ -23,6 +23,7 @@ from ..flux_core.types import Image, Latent, Sigmas
 from ..flux_core.values import Conditioning, TextFeatures, Tokens
 from . import host
 from .kept import KeepDuringRun, ReferenceKV, ReferenceStore, choose, keeping
+from .not_native import NotNative
 
 if TYPE_CHECKING:
     from ..flux_core.image.autoencoder import Autoencoder
@@ -53,7 +54,7 @@ class _Residency:
         return host.bring([self.blocks, *beside], self.activations)
 
 
-class ModelHandle:
+class ModelHandle(NotNative):
     """A transformer: blocks and modulation are two models to ComfyUI."""
 
     def __init__(self, network: "Flux", report: str, dtype: torch.dtype) -> None:

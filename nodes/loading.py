@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from ..flux_core.errors import CheckpointError, SettingError
+from ..flux_core.errors import CheckpointError
 from ..flux_core.families import FAMILIES
 from ..flux_core.specs import TextSpec
 from . import host
 from .handles import AutoencoderHandle, ModelHandle, TextEncodersHandle
+from .native_handle import AnyModel, NativeModelHandle, as_model
 
 _Handle = TypeVar("_Handle", bound=ModelHandle | TextEncodersHandle | AutoencoderHandle)
 _registry: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
@@ -118,24 +119,20 @@ def load_nano(name: str) -> tuple[ModelHandle, TextEncodersHandle, AutoencoderHa
 
 
 def apply_lora(
-    model: object, path: Path, strength: float, block_strengths: str
-) -> tuple[ModelHandle, str]:
+    model: AnyModel, path: Path, strength: float, block_strengths: str
+) -> tuple[AnyModel, str]:
     """Put a LoRA on what a model socket carries; gives the changed model, and what was found.
 
     Raises:
-        GlassboxError: the LoRA is of another model, broken or half, or a setting cannot be read.
+        GlassboxError: the LoRA is of another model, broken or half, a setting cannot be read, or
+            a native MODEL is not FLUX.
     """
     from ..flux_core.weights.lora import load_lora
     from ..flux_core.weights.lora_strengths import parse_strengths
 
-    if not isinstance(model, ModelHandle):
-        raise SettingError(
-            "The model is ComfyUI's own MODEL.",
-            "a model from 'Load Model (FLUX)' or 'Load Nano (FLUX)'.",
-            "apply the LoRA with ComfyUI's own 'Load LoRA' before this model reaches our nodes.",
-        )
-    blocks = parse_strengths(block_strengths, model.network.spec)
-    lora = load_lora(path, model.family, model.network.spec)
+    target = as_model(model)
+    blocks = parse_strengths(block_strengths, target.network.spec)
+    lora = load_lora(path, target.family, target.network.spec)
     parts = lora.scaled(strength, blocks)
     report = f"{lora.report}\nstrength {strength:g}"
     if block_strengths.strip():
@@ -144,7 +141,9 @@ def apply_lora(
     unchanged = len({one.key for one in lora.parts}) - len({one.key for one in parts})
     if unchanged:
         report += f"\nleft as they are, at strength 0: {unchanged} weights"
-    return model.with_changes(parts), report
+    if isinstance(target, NativeModelHandle):
+        report += f"\nthe MODEL: {target.report}"
+    return target.with_changes(parts), report
 
 
 def fingerprint(folder: str, *names: str) -> str:

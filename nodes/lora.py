@@ -1,10 +1,11 @@
-"""LoRAs on models of this pack's own loader."""
+"""LoRAs on models of this pack's own loader, and on ComfyUI's own."""
 
 from comfy_api.latest import io
 from typing_extensions import override
 
 from . import host, loading
-from .sockets import ModelSocket
+from .native_handle import AnyModel
+from .sockets import ModelSocket, model_input
 
 _LIMIT = 100.0  # ComfyUI's own of a LoRA's strength
 
@@ -21,7 +22,10 @@ class ApplyLoRA(io.ComfyNode):
             "Chain the node for several. The model that comes in stays as it is.",
             search_aliases=["flux lora loader", "lokr", "load lora", "kohya", "ai-toolkit"],
             inputs=[
-                ModelSocket.Input("model", tooltip="From Load Model, or from another Apply LoRA."),
+                model_input(
+                    "From Load Model, or from another Apply LoRA; or a native MODEL, which may "
+                    "carry LoRAs of ComfyUI's own loaders."
+                ),
                 io.Combo.Input(
                     "file",
                     options=host.model_names("loras"),
@@ -48,11 +52,16 @@ class ApplyLoRA(io.ComfyNode):
                 ),
             ],
             outputs=[
-                ModelSocket.Output("model"),
+                ModelSocket.Output("model", tooltip="For the nodes of this pack."),
                 io.String.Output(
                     "report",
                     tooltip="For which models it is, its format and rank, and which of its keys "
                     "are used.",
+                ),
+                io.Model.Output(
+                    "native",
+                    tooltip="The same, for KSampler and ComfyUI's other nodes, if a native MODEL "
+                    "came in. Models of this pack's loaders are for this pack's nodes.",
                 ),
             ],
         )
@@ -67,8 +76,8 @@ class ApplyLoRA(io.ComfyNode):
     @classmethod
     @override
     def execute(
-        cls, model: ModelSocket.Type, file: str, strength: float, block_strengths: str = ""
+        cls, model: AnyModel, file: str, strength: float, block_strengths: str = ""
     ) -> io.NodeOutput:
         path = host.model_path("loras", file)
         changed, report = loading.apply_lora(model, path, strength, block_strengths)
-        return io.NodeOutput(changed, report)
+        return io.NodeOutput(changed, report, changed)

@@ -1,9 +1,9 @@
 """ComfyUI's own MODEL on our model socket: sampling under its management, as ours is."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -16,6 +16,10 @@ from ..flux_core.values import Conditioning, Tokens
 from . import host
 from .handles import ModelHandle
 from .kept import ReferenceKV, choose
+from .native_lora import native_with_changes
+
+if TYPE_CHECKING:
+    from ..flux_core.weights.lora_parts import LoraPart
 
 AnyModel: TypeAlias = ModelHandle | Any  # the other is ComfyUI's ModelPatcher
 
@@ -38,6 +42,10 @@ class NativeModelHandle:
     def device(self) -> torch.device:
         """Where it computes."""
         return self.patcher.load_device
+
+    def with_changes(self, parts: Sequence["LoraPart"]) -> Any:
+        """Give a MODEL with changes on it whenever it computes; this one stays as it is."""
+        return native_with_changes(self.patcher, parts)
 
     def sample(
         self,

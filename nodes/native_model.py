@@ -10,6 +10,7 @@ from ..flux_core.errors import FamilyMismatchError, SettingError
 from ..flux_core.specs import LatentSpec
 from ..flux_core.tokens.native import NativePlaces
 from ..flux_core.values import Conditioning
+from .not_native import NotNative
 
 _NETWORK = ("comfy.ldm.flux.model", "Flux")
 _BASES = ("Flux", "Flux2")  # in comfy.model_base; others share the network with other rules
@@ -66,8 +67,10 @@ def native_network(model: Any) -> Any:
 
     Raises:
         FamilyMismatchError: another model, or one hidden in another class.
-        SettingError: an inpaint or control model, or one with replaced code.
+        SettingError: a model of this pack, an inpaint or control model, or replaced code.
     """
+    if isinstance(model, NotNative):
+        raise model.not_native()
     base = getattr(model, "model", None)
     network: Any = getattr(base, "diffusion_model", None)
     kind = type(network)
@@ -93,7 +96,7 @@ def native_network(model: Any) -> Any:
         raise SettingError(
             f"Another node has replaced the network's code: {', '.join(replaced)}.",
             "ComfyUI's own.",
-            "take that node, or its pack, out: the places of the references would be ignored.",
+            "take that node, or its pack, out: what this pack puts on a MODEL would be ignored.",
         )
     return network
 

@@ -201,8 +201,7 @@ def _another_model(
     return FamilyMismatchError(
         f"{checkpoint.path.name} is {title}: {wrong[0]}{more}.",
         f"a LoRA for {_title(family, spec)}.",
-        "choose another file in 'Apply LoRA (FLUX)', or in 'Load Model (FLUX)' the model that this "
-        "one was made for.",
+        "choose another file in 'Apply LoRA (FLUX)', or load the model that this one was made for.",
     )
 
 

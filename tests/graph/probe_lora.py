@@ -88,7 +88,6 @@ def main() -> None:
         answer |= _partly(bench, files[1])
         answer |= _kept(bench, files[0])
         answer |= _life(bench, files[0])
-        answer |= _stranger(bench, files[0])
     print(json.dumps(answer))
 
 
@@ -188,15 +187,6 @@ def _life(bench: LoraBench, path: Path) -> Answer:
     seen += [weakref.ref(one), weakref.ref(one.network), weakref.ref(one.patcher)]
     del one
     return {"life_held": held, "life_freed": [ref() is None for ref in seen]}
-
-
-def _stranger(bench: LoraBench, path: Path) -> Answer:
-    """A patcher of ComfyUI's own in place of a handle."""
-    try:
-        bench.apply(bench.handle().patcher, path)
-    except _module("flux_core.errors").SettingError as error:
-        return {"stranger": str(error)}
-    raise AssertionError("it was taken")
 
 
 if __name__ == "__main__":
