@@ -40,6 +40,7 @@ Patcher = comfy.model_patcher.ModelPatcher
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_CHOICES = ["auto", *DTYPES]
 _TRANSFORMERS = "diffusion_models"  # the folder of transformers
+_WITH_GGUF = (_TRANSFORMERS, "text_encoders")  # where loaders read GGUF
 _PREVIEW_PX = 512  # the side ComfyUI shrinks previews to
 MAX_SIDE_PX = 16384  # ComfyUI's own MAX_RESOLUTION
 _SHARE_OF_RAM = 0.5  # float32 on a CPU only if the weights fill at most this much of free memory
@@ -55,9 +56,9 @@ def add_nano_models() -> None:
 
 
 def model_names(folder: str) -> list[str]:
-    """List the models in one of ComfyUI's folders, and GGUF transformers, which it leaves out."""
+    """List the models in one of ComfyUI's folders, and GGUF files that it leaves out."""
     names = folder_paths.get_filename_list(folder)
-    if folder != _TRANSFORMERS:
+    if folder not in _WITH_GGUF:
         return names
     found: set[str] = set()
     for place in folder_paths.get_folder_paths(folder):

@@ -144,8 +144,9 @@ class LoadTextEncoders(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=host.model_names("text_encoders"),
-                    tooltip="In models/text_encoders. FLUX.1: CLIP-L or T5-XXL. FLUX.2: Qwen3 4B "
-                    "for klein 4B, Qwen3 8B for klein 9B, Mistral 3 for dev.",
+                    tooltip="A .safetensors or .gguf file in models/text_encoders, plain or "
+                    "quantised. FLUX.1: CLIP-L or T5-XXL. FLUX.2: Qwen3 4B for klein 4B, Qwen3 8B "
+                    "for klein 9B, Mistral 3 for dev.",
                 ),
                 io.Combo.Input(
                     "file_2",

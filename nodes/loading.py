@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 from ..flux_core.errors import CheckpointError
@@ -18,6 +18,9 @@ from ..flux_core.specs import TextSpec
 from . import host
 from .handles import AutoencoderHandle, ModelHandle, TextEncodersHandle
 from .native_handle import AnyModel, NativeModelHandle, as_model
+
+if TYPE_CHECKING:
+    from ..flux_core.weights.files import Checkpoint
 
 _Handle = TypeVar("_Handle", bound=ModelHandle | TextEncodersHandle | AutoencoderHandle)
 _registry: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
@@ -88,6 +91,7 @@ def load_text_encoders(
     `text` says how long its text is, where the files do not: those of the embedded models.
     """
     from ..flux_core.weights import text_encoders as weights
+    from ..flux_core.weights.text_files import open_text
 
     def load() -> TextEncodersHandle:
         encoders = weights.load_text_encoders(
@@ -96,7 +100,7 @@ def load_text_encoders(
             t5_tokenizer=tokenizers.t5,
             qwen_tokenizer=tokenizers.qwen,
             text=text,
-            dtype=host.text_dtype(dtype, parameters_of(files)),
+            dtype=host.text_dtype(dtype, parameters_of(files, open_text)),
             device=host.text_devices()[1],
             operations=host.operations(),
         )
@@ -159,11 +163,14 @@ def fingerprint(folder: str, *names: str) -> str:
     return sha256(found.encode()).hexdigest()
 
 
-def parameters_of(files: Sequence[Path]) -> int:
-    """Count the numbers in model files from their headers."""
+def parameters_of(
+    files: Sequence[Path], open_file: "Callable[[Path], Checkpoint] | None" = None
+) -> int:
+    """Count the numbers in model files from their headers; those of transformers by default."""
     from ..flux_core.weights.quantised_layers import open_plain
 
-    return sum(math.prod(shape) for path in files for shape in open_plain(path).shapes.values())
+    opened = map(open_file or open_plain, files)
+    return sum(math.prod(shape) for one in opened for shape in one.shapes.values())
 
 
 def identity(files: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:

@@ -1,4 +1,4 @@
-"""Mistral's tekken vocabulary → a tokenizer; ComfyUI's single files carry it as bytes.
+"""Mistral's tekken vocabulary → a tokenizer; ComfyUI's and GGUF files carry it.
 
 Source: huggingface/transformers integrations/mistral/tokenizer.py MistralConverter for the
 vocabulary and its merges.
@@ -11,6 +11,7 @@ follow small letters.
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from ..errors import CheckpointError
@@ -28,16 +29,29 @@ _SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _Table = Mapping[str, object]
+_WORD, _UNUSED = 1, 5  # kinds of tokens, as GGUF counts them
 
 
-def read_tekken(data: bytes) -> "Tokenizer":
-    """Make a tokenizer from the text of a tekken.json.
+@dataclass(frozen=True, slots=True)
+class SpelledVocabulary:
+    """The same vocabulary as GGUF files have it, by id.
+
+    Source: ggml-org/llama.cpp gguf-py constants.py TokenType.
+    """
+
+    words: Sequence[str]  # one letter for each byte; special tokens as they are
+    kinds: Sequence[int]
+
+
+def read_tekken(source: bytes | SpelledVocabulary) -> "Tokenizer":
+    """Make a tokenizer from the text of a tekken.json, or from what a GGUF file has of it.
 
     Raises:
         CheckpointError: it is something else, or larger than any vocabulary.
     """
     try:
-        special, tokens = _parse(data)
+        special, tokens = _parse(source) if isinstance(source, bytes) else _spelled(source)
+        _check(special, tokens)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(str(error) or type(error).__name__) from None
     return _build(special, tokens)
@@ -58,19 +72,42 @@ def _parse(data: bytes) -> tuple[list[str], dict[bytes, int]]:
     special = [f"<SPECIAL_{number}>" for number in range(reserved)]
     for entry in listed:
         special[_number(entry["rank"])] = _text(entry)
-    if len(set(special)) != reserved:
-        raise ValueError("two of its special tokens are the same")
     tokens: dict[bytes, int] = {}
     for entry in entries:
         rank = _number(entry["rank"])
         if rank < size - reserved:
             tokens[base64.b64decode(cast(str, entry["token_bytes"]))] = rank + reserved
+    return special, tokens
+
+
+def _spelled(source: SpelledVocabulary) -> tuple[list[str], dict[bytes, int]]:
+    """Give the same of a GGUF's lists; special tokens come first, and unused ones are none."""
+    words, kinds = source.words, source.kinds
+    if len(words) != len(kinds) or len(words) > _MOST_TOKENS:
+        raise ValueError(f"it lists {len(words):,} tokens and {len(kinds):,} kinds of them")
+    reserved = next((place for place, kind in enumerate(kinds) if kind == _WORD), len(kinds))
+    bytes_of = {letter: byte for byte, letter in enumerate(_letters())}
+    tokens: dict[bytes, int] = {}
+    for number in range(reserved, len(words)):
+        if kinds[number] == _WORD:
+            token = bytes(bytes_of[letter] for letter in words[number])
+            if token in tokens:
+                raise ValueError("two of its tokens are the same")
+            tokens[token] = number
+        elif kinds[number] != _UNUSED:
+            raise ValueError("its special tokens do not come first")
+    return list(words[:reserved]), tokens
+
+
+def _check(special: Sequence[str], tokens: Mapping[bytes, int]) -> None:
+    """Refuse what would name two tokens alike, take for ever, or not know some letter."""
+    if len(set(special)) != len(special):
+        raise ValueError("two of its special tokens are the same")
     squared = sum(len(token) ** 2 for token in tokens)
     if len(set(tokens.values())) != len(tokens) or squared > _MOST_SQUARED_BYTES:
         raise ValueError("two of its tokens have one id, or they are longer than any text's")
     if any(bytes([byte]) not in tokens for byte in range(256)):
         raise ValueError("it has no token for some byte")
-    return special, tokens
 
 
 def _build(special: Sequence[str], tokens: Mapping[bytes, int]) -> "Tokenizer":

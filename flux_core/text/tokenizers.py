@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import CheckpointError, SettingError
 from ..specs import LanguageModelSpec
 from ..values import TokenCount
-from .tekken import read_tekken
+from .tekken import SpelledVocabulary, read_tekken
 
 CLIP_NAME = "CLIP-L"
 T5_NAME = "T5"
@@ -228,17 +228,19 @@ def load_qwen_tokenizer(path: Path) -> ChatTokenizer:
     return ChatTokenizer(folder.name, tokenizer.backend_tokenizer)
 
 
-def load_mistral_tokenizer(source: bytes | Path) -> ChatTokenizer:
+def load_mistral_tokenizer(source: bytes | SpelledVocabulary | Path) -> ChatTokenizer:
     """Read Mistral's tokenizer.
 
     Args:
-        source: the text of a tekken.json, or a folder with tokenizer.json or tekken.json.
+        source: the text of a tekken.json, a GGUF file's vocabulary, or a folder with
+            tokenizer.json or tekken.json.
 
     Raises:
         CheckpointError: the folder or its files are not there, or are broken.
     """
-    if isinstance(source, bytes):
-        return ChatTokenizer("tekken_model", cast(_Backend, read_tekken(source)))
+    if not isinstance(source, Path):
+        name = "tekken_model" if isinstance(source, bytes) else "the GGUF file"
+        return ChatTokenizer(name, cast(_Backend, read_tekken(source)))
     folder = _folder_with(source, _MISTRAL_FILES, "Mistral", _ALONGSIDE)
     if (folder / "tokenizer.json").is_file():
         return ChatTokenizer(folder.name, _read_backend(folder / "tokenizer.json", "Mistral"))

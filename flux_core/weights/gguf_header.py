@@ -8,7 +8,7 @@ Source: ggml-org/ggml docs/gguf.md, versions 2 and 3.
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  
 _INT32, _TEXT, _ARRAY = 5, 8, 9
 _LONGEST_TEXT = 1_000_000  # bytes
 _MOST_TEXTS = 1_000_000  # in all arrays; the largest vocabularies have a quarter of it
+_MOST_KEPT = 64 << 20  # bytes of the arrays that are kept
 _MOST_ENTRIES = 100_000  # tensors, or metadata
 _MOST_AXES = 8
 _LEAST_ENTRY = {"tensors": 24, "metadata": 13}  # bytes that one takes at least
@@ -44,6 +45,8 @@ class GgufHeader:
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
     texts: dict[str, str] = field(default_factory=dict[str, str])  # metadata that are text
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    words: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # arrays kept
+    numbers: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     alignment: int = 32
     size: int = 0  # of the file
 
@@ -71,8 +74,12 @@ class GgufHeader:
             )
 
 
-def read_gguf_header(file: Path) -> GgufHeader:
+def read_gguf_header(file: Path, keep: Collection[str] = ()) -> GgufHeader:
     """Read and check the header of one file; no weight is read.
+
+    Args:
+        file: which is GGUF.
+        keep: arrays of text or of 32-bit numbers that are kept, and not only passed over.
 
     Raises:
         CheckpointError: the file is gone, cut short, malformed or of another version.
@@ -82,7 +89,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
             file.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            return _Reader(data, file).header()
+            return _Reader(data, file, keep).header()
     except OSError as error:
         raise CheckpointError(
             f"{file.name} cannot be opened ({error.strerror}).", NEEDED, ANOTHER_FILE
@@ -92,8 +99,8 @@ def read_gguf_header(file: Path) -> GgufHeader:
 class _Reader:
     """Reads the header from its beginning; no length is believed before it fits the file."""
 
-    def __init__(self, data: mmap.mmap, file: Path) -> None:
-        self.data, self.file = data, file
+    def __init__(self, data: mmap.mmap, file: Path, keep: Collection[str]) -> None:
+        self.data, self.file, self.keep = data, file, keep
         self.at = 4  # behind "GGUF"
         self.texts_seen = 0
 
@@ -129,9 +136,7 @@ class _Reader:
         if kind == _TEXT:
             found.texts[name] = self.text()
         elif kind == _ARRAY:
-            numbers = self.array()
-            if numbers:
-                found.shapes[name] = numbers
+            self.array(found, name)
         elif kind == 4 and name == _ALIGNMENT:
             found.alignment = self.number("<I")
             if found.alignment < 8 or found.alignment & (found.alignment - 1):
@@ -139,20 +144,38 @@ class _Reader:
         else:
             self.skip(self.size_of(kind))
 
-    def array(self) -> tuple[int, ...]:
-        """Pass over an array; a short one of 32-bit numbers, which may be a shape, is read."""
+    def array(self, found: GgufHeader, name: str) -> None:
+        """Pass over an array, or keep it; a short one of 32-bit numbers may be a shape."""
         kind, count = self.number("<I"), self.number("<Q")
+        is_kept, begin = name in self.keep, self.at
         if kind == _TEXT:
             self.texts_seen += count
             if self.texts_seen > _MOST_TEXTS:
                 raise _damaged(self.file, f"its header lists {self.texts_seen:,} words")
-            for _ in range(count):
-                self.skip(self.number("<Q"))
-            return ()
-        if kind == _INT32 and count <= _MOST_AXES:
-            return tuple(self.number("<i") for _ in range(count))
-        self.skip(count * self.size_of(kind))
-        return ()
+            self.skip_texts(count)
+        else:
+            self.skip(count * self.size_of(kind))
+        end = self.at
+        if is_kept and end - begin > _MOST_KEPT:
+            raise _damaged(self.file, f"'{shorten(name)}' is {end - begin:,} bytes long")
+        if is_kept and kind == _TEXT:
+            self.at = begin
+            found.words[name] = [self.text() for _ in range(count)]
+        elif kind == _INT32 and (is_kept or count <= _MOST_AXES):
+            numbers = struct.unpack_from(f"<{count}i", self.data, begin)
+            if is_kept:
+                found.numbers[name] = numbers
+            elif numbers:
+                found.shapes[name] = numbers
+
+    def skip_texts(self, count: int) -> None:
+        """Pass over words; vocabularies have hundreds of thousands of them."""
+        length_at, end, at = struct.Struct("<Q").unpack_from, len(self.data), self.at
+        for _ in range(count):
+            if at + 8 > end:
+                self.skip(end)  # more than there is
+            at += 8 + length_at(self.data, at)[0]
+        self.skip(at - self.at)
 
     def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
         name, axes = self.text(), self.number("<I")

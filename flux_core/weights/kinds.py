@@ -22,11 +22,11 @@ class Kind:
     unless: tuple[str, ...] = ()  # in no key
 
 
-QUANTISED = (
+LIBRARIES = (
     Kind("quantised by bitsandbytes (nf4 or int8)", (".absmax", ".quant_state", ".SCB"), _BF16),
-    Kind("quantised by SVDQuant or GPTQ", (".qweight", ".wscales"), _BF16),
-    Kind("quantised for ComfyUI", (".comfy_quant",), _BF16),
+    Kind("quantised by SVDQuant, AWQ or GPTQ", (".qweight", ".wscales"), _BF16),
 )
+QUANTISED = (*LIBRARIES, Kind("quantised for ComfyUI", (".comfy_quant",), _BF16))
 LORA = Kind("a LoRA", (".lora_A", ".lora_B", ".lora_down", ".lora_up", "_lora1.", ".lokr_"), _OTHER)
 TRANSFORMERS = (
     LORA,
@@ -73,7 +73,7 @@ PARTS = (
     Kind(
         "a text encoder or language model as llama.cpp names it",
         ("token_embd.",),
-        "load its .safetensors file with 'Load Text Encoders (FLUX)'.",
+        "load it with 'Load Text Encoders (FLUX)' if it is T5, Qwen3 or Mistral.",
     ),
     Kind(
         "a FLUX.2 transformer",

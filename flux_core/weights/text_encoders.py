@@ -17,9 +17,10 @@ from ..specs import ClipT5Spec, TextSpec
 from ..text.encoders import LOADER, LanguageModelEncoder, TextEncoders
 from ..text.modules import CLIP_L, T5_XXL, ClipSpec, T5Spec, build_clip, build_t5
 from ..text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from .files import Checkpoint, open_checkpoint
+from .files import Checkpoint
 from .names import shorten
-from .text_fill import Found, count, dtype_of, fill, name_of
+from .text_files import open_text
+from .text_fill import Found, count, dequantised, dtype_of, fill, name_of
 from .text_keys import (
     Kind,
     check_part,
@@ -27,6 +28,7 @@ from .text_keys import (
     describe_stranger,
     find_parts,
     leftover_keys,
+    loader_of,
     t5_spec,
 )
 from .text_language import load_language_model
@@ -62,7 +64,7 @@ def load_text_encoders(
             those that are needed are looked for beside their encoders; Mistral's lies in or
             beside its file always.
         text: what the model's text is; None, or of the other kind: what the files are.
-        dtype: of the weights; None keeps each file's (8-bit floats become bfloat16).
+        dtype: of the weights; None keeps each file's (quantised ones become bfloat16).
         device: where the weights go; None leaves them mapped from the file.
         operations: the layers to build from; None means torch.nn.
 
@@ -73,7 +75,7 @@ def load_text_encoders(
 
     Deviation: with float16, T5's `wo` layers are kept in float32, as transformers does.
     """
-    opened = [open_checkpoint(path) for path in files]
+    opened = [open_text(path) for path in files]
     operations = operations or torch_operations()
     encoders = load_language_model(
         opened,
@@ -122,7 +124,9 @@ def _load_clip_t5(
     report = "\n".join(
         (
             _describe(clip, clip_shape, clip_dtype, f"{clip_shape.positions} positions"),
+            *dequantised(clip, lambda name: clip_dtype),
             _describe(t5, t5_shape, t5_dtype, f"up to {text.t5_tokens} tokens"),
+            *dequantised(t5, lambda name: _t5_dtype(name, t5_dtype)),
         )
     )
     return TextEncoders(
@@ -141,10 +145,11 @@ def _find(file: Checkpoint) -> list[Found]:
     """Find the encoders of a file, and refuse a file without any or with more than them."""
     parts = find_parts(file.shapes)
     if not parts:
+        stranger = describe_stranger(file.shapes)
         raise CheckpointError(
-            f"{file.path.name} is {describe_stranger(file.shapes)}.",
+            f"{file.path.name} is {stranger}.",
             _NEEDED,
-            f"choose a text encoder file in {LOADER}.",
+            f"{loader_of(stranger)}choose a text encoder file in {LOADER}.",
         )
     left = leftover_keys(file.shapes, parts)
     if left and any(part.is_whole_file and part.other is None for part in parts):

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..text.encoders import LOADER
 from .files import Checkpoint
-from .names import shorten
+from .text_files import WAY_OUT
 from .text_keys import Part
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,41 +24,26 @@ class Found:
 
 
 def dtype_of(one: Found, asked: torch.dtype | None) -> torch.dtype:
-    """Give the dtype asked for, else what most of the weights have or 8-bit floats are widened to.
+    """Give the dtype asked for, else what most of the weights have or quantised ones widen to.
 
     Raises:
-        CheckpointError: some are stored in another way, or have scales that do not fit.
+        CheckpointError: some are stored in another way.
     """
     sizes: dict[torch.dtype, int] = {}
     for key in one.part.keys.values():
-        stored = one.file.dtypes[key]
+        stored = torch.bfloat16 if key in one.file.quantised else one.file.dtypes[key]
         sizes[stored] = sizes.get(stored, 0) + count(one.file.shapes[key])
     odd = [stored for stored in sizes if stored not in (*_FLOATS, *_FP8)]
     if odd:
         raise CheckpointError(
             f"{one.file.path.name} stores {one.part.kind} as {name_of(odd[0])}.",
-            "float32, bfloat16, float16 or float8 weights.",
-            f"choose a bfloat16, float16 or fp8 file in {LOADER}.",
+            "float32, bfloat16, float16 or float8 weights, or quantised ones that say how.",
+            WAY_OUT,
         )
-    _check_scales(one)
     if asked is not None:
         return asked
     most = max(sizes, key=lambda stored: sizes[stored])
     return torch.bfloat16 if most in _FP8 else most
-
-
-def _check_scales(one: Found) -> None:
-    """See that every scale is one number, or one for each row: others would swell the weight."""
-    for name, key in one.part.scales.items():
-        scale = one.file.shapes[key]
-        weight = one.file.shapes.get(one.part.keys.get(name, ""), ())
-        if count(scale) != 1 and scale != (*weight[:1], 1):
-            raise CheckpointError(
-                f"{one.file.path.name} scales '{shorten(name)}' by "
-                f"{shorten(' by '.join(map(str, scale)))} numbers.",
-                "one number for each weight, or one for each of its rows.",
-                f"choose a bfloat16, float16 or fp8 file in {LOADER}.",
-            )
 
 
 def fill(
@@ -67,20 +51,44 @@ def fill(
     one: Found,
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device | None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
-    """Hand the file's tensors to an empty module; those that need no change stay mapped."""
+    """Hand the file's tensors to an empty module; those that need no change stay mapped.
+
+    Args:
+        module: on `meta`; its names are those of the part.
+        one: the encoder and its file.
+        dtype_of: gives a weight's dtype by its name.
+        device: where the weights go; None leaves them where they are.
+        change: makes our tensor of the file's, by our name.
+    """
     # transformers 4 keeps CLIP's text tower in an attribute, which is part of every name.
     inner = "text_model." if hasattr(module, "text_model") else ""
     names = {key: name for name, key in one.part.keys.items()}
-    scales = {name: one.file.read([key])[key] for name, key in one.part.scales.items()}
     state: dict[str, Tensor] = {}
     for key, stored in one.file.stream(names):
         name = names[key]
-        if name in scales:
-            stored = stored.to(torch.float32) * scales[name].to(torch.float32)
-        state[inner + name] = stored.to(device=device, dtype=dtype_of(name))
+        made = stored if change is None else change(name, stored)
+        state[inner + name] = made.to(device=device, dtype=dtype_of(name))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False)
+
+
+def dequantised(one: Found, dtype_of: Callable[[str], torch.dtype]) -> list[str]:
+    """Tell for each format how many weights were made plain, and what that costs."""
+    groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for name, key in one.part.keys.items():
+        how = one.file.quantised.get(key)
+        if how is not None:
+            dtype = dtype_of(name)
+            sizes = (count(one.file.shapes[key]) * dtype.itemsize, how.stored_bytes)
+            groups.setdefault((how.format, name_of(dtype)), []).append(sizes)
+    return [
+        f"dequantised from {stored} to {made}: {len(sizes)} tensors, "
+        f"{sum(size for size, _ in sizes) / 1e9:.2f} GB in memory that are "
+        f"{sum(before for _, before in sizes) / 1e9:.2f} GB in the file"
+        for (stored, made), sizes in groups.items()
+    ]
 
 
 def count(shape: tuple[int, ...]) -> int:

@@ -22,7 +22,6 @@ _CLIP_NAME = re.compile(
     r"(embeddings\.(token|position)_embedding|encoder\.layers\.\d+|final_layer)"
 )
 _T5_NAME = re.compile(r"(embed_tokens|block\.\d+|final_layer_norm)\.")
-SCALE_ENDINGS = (".scale_weight", ".weight_scale")  # old and new names of fp8 files
 # Tensors that come along in published files and are not needed to encode a prompt.
 _KNOWN_EXTRAS = re.compile(
     r"(.*\.)?("
@@ -50,6 +49,12 @@ _STRANGERS = (
     (r"vision_model\.|visual\.", "an image encoder"),
     (r"layers\.0\.(self_attn|mixer|linear_attn)", "a language model (such as Qwen or Mistral)"),
 )
+_NODES = (
+    ("a FLUX diffusion model", "'Load Model (FLUX)'"),
+    ("a diffusion transformer", "'Load Model (FLUX)' if it is FLUX"),
+    ("an autoencoder (VAE)", "'Load Autoencoder (FLUX)'"),
+    ("a LoRA", "'Apply LoRA (FLUX)'"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,6 @@ class Part:
     kind: str  # a Kind, or the title of a language model
     prefix: str  # before every name
     keys: dict[str, str]  # name here -> key in the file
-    scales: dict[str, str]  # name here -> key of its fp8 scale
     other: str | None = None  # the model it is, when it is not FLUX.1's
     generation: str = "FLUX.1"
 
@@ -95,8 +99,13 @@ def find_parts(shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
 
 def leftover_keys(shapes: Iterable[str], parts: Iterable[Part]) -> list[str]:
     """List the keys that belong to no part and are not known to come along."""
-    claimed = {key for part in parts for key in (*part.keys.values(), *part.scales.values())}
+    claimed = {key for part in parts for key in part.keys.values()}
     return [key for key in shapes if key not in claimed and not _KNOWN_EXTRAS.fullmatch(key)]
+
+
+def loader_of(stranger: str) -> str:
+    """Say which node loads what `describe_stranger` named, if one does; ends with a blank."""
+    return next((f"load it with {node}, and " for name, node in _NODES if name == stranger), "")
 
 
 def describe_stranger(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -180,17 +189,12 @@ def _part(kind: Kind, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Par
         and pattern.match(key, len(prefix))
         and not _KNOWN_EXTRAS.fullmatch(key[len(prefix) :])
     }
-    scales: dict[str, str] = {}
-    for name in list(keys):
-        stem, dot, ending = name.rpartition(".")
-        if dot + ending in SCALE_ENDINGS:
-            scales[stem + ".weight"] = keys.pop(name)
     if kind == "T5":
         # One table under one of two names, or under both.
         shared = prefix.removesuffix("encoder.") + "shared.weight"
         if shared in shapes:
             keys["embed_tokens.weight"] = shared
-    return Part(kind, prefix, keys, scales, _other_model(kind, keys, shapes))
+    return Part(kind, prefix, keys, _other_model(kind, keys, shapes))
 
 
 def _other_model(

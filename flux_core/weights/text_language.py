@@ -1,6 +1,7 @@
 """A language model's file → LanguageModelEncoder: only the layers that are read are loaded."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from ..text.modules import build_language_model
 from ..text.tekken import MOST_BYTES
 from ..text.tokenizers import ChatTokenizer, load_mistral_tokenizer, load_qwen_tokenizer
 from .files import Checkpoint
-from .text_fill import Found, count, dtype_of, fill, name_of
+from .gguf_text import in_halves, is_interleaved
+from .gguf_tokenizer import carries_tekken, load_gguf_tokenizer
+from .text_fill import Found, count, dequantised, dtype_of, fill, name_of
 from .text_keys import describe_stranger, find_parts
 from .text_language_keys import LanguageModelPart, find_language_models, language_model_part
 
@@ -36,7 +39,7 @@ def load_language_model(
         files: what was chosen.
         qwen_tokenizer: folder with vocab.json and merges.txt; None looks beside the model.
         text: the model it has to be; anything but a language model means any of FLUX.2's.
-        dtype: of the weights; None keeps the file's (8-bit floats become bfloat16).
+        dtype: of the weights; None keeps the file's (quantised ones become bfloat16).
         device: where the weights go; None leaves them mapped from the file.
         operations: the layers to build from.
 
@@ -55,13 +58,15 @@ def load_language_model(
     chosen = dtype_of(one, dtype)
     tokenizer = _load_tokenizer(file, model.spec, qwen_tokenizer)
     module = build_language_model(model.shape, dtype=chosen, operations=operations)
-    fill(module, one, lambda name: chosen, device)
+    head_dim = model.shape.head_dim
+    turn = partial(in_halves, head_dim=head_dim) if is_interleaved(file) else None
+    fill(module, one, lambda name: chosen, device, turn)
     return LanguageModelEncoder(
         model.spec,
         module=module,
         shape=model.shape,
         tokenizer=tokenizer,
-        report=_describe(one, model, chosen),
+        report="\n".join((_describe(one, model, chosen), *dequantised(one, lambda name: chosen))),
     )
 
 
@@ -103,6 +108,8 @@ def _load_tokenizer(
     folder = file.path if file.path.is_dir() else file.path.parent
     if spec.architecture == "qwen3":
         return load_qwen_tokenizer(qwen_tokenizer or folder)
+    if carries_tekken(file):
+        return load_gguf_tokenizer(file)
     inside = [key for key in file.shapes if key.rpartition(".")[2] == _TEKKEN]
     if inside:
         return load_mistral_tokenizer(_read_bytes(file, inside[0]))

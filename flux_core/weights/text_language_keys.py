@@ -14,7 +14,7 @@ from ..specs import LanguageModelSpec
 from ..text.encoders import LOADER
 from ..text.modules import LanguageModelShape
 from .files import Checkpoint
-from .text_keys import SCALE_ENDINGS, Part, check_part
+from .text_keys import Part, check_part
 
 _MARK = "layers.0.self_attn.q_proj.weight"
 _TABLE = "embed_tokens.weight"
@@ -147,18 +147,14 @@ def _needed_part(
     """Collect the table and the layers that are run; what lies beside them is left alone."""
     numbers = {str(number) for number in range(shape.layers)}
     keys: dict[str, str] = {_TABLE: prefix + _TABLE}
-    scales: dict[str, str] = {}
     for key in shapes:
         if not key.startswith(prefix):
             continue
         name = key[len(prefix) :]
         is_layer = name.startswith("layers.") and name.split(".", 2)[1] in numbers
-        stem, dot, ending = name.rpartition(".")
-        if dot + ending in SCALE_ENDINGS and (is_layer or stem + ".weight" == _TABLE):
-            scales[stem + ".weight"] = key
-        elif is_layer and not _KNOWN_EXTRAS.fullmatch(name):
+        if is_layer and not _KNOWN_EXTRAS.fullmatch(name):
             keys[name] = key
-    return Part(spec.title, prefix, keys, scales, generation="FLUX.2")
+    return Part(spec.title, prefix, keys, generation="FLUX.2")
 
 
 def _other_model(shapes: _Shapes, prefix: str) -> str | None:

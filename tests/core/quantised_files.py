@@ -2,13 +2,14 @@
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+Chosen = Callable[[str, Tensor], bool]
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -18,18 +19,23 @@ def is_quantised(key: str, tensor: Tensor) -> bool:
 
 
 def scaled_float8(
-    state: State, form: str, dtype: torch.dtype = torch.float8_e4m3fn, prefix: str = ""
+    state: State,
+    form: str,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    prefix: str = "",
+    chosen: Chosen = is_quantised,
 ) -> tuple[State, dict[str, str], State]:
     """The file's tensors and metadata, and what they stand for in float32.
 
     Args:
         form: "old" (scaled_fp8), "layers" (comfy_quant), "metadata" or "bare" (nothing said).
+        chosen: tells which tensors are quantised.
     """
     stored: State = {"scaled_fp8": torch.empty(0, dtype=dtype)} if form == "old" else {}
     plain: State = {}
     layers: dict[str, dict[str, str]] = {}
     for key, tensor in state.items():
-        if not is_quantised(key, tensor):
+        if not chosen(key, tensor):
             stored[key] = plain[key] = tensor
             continue
         scale = tensor.abs().max() / torch.finfo(dtype).max
@@ -54,14 +60,14 @@ def as_bytes(said: object) -> Tensor:
     return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
 
 
-def nvfp4(state: State) -> tuple[State, dict[str, str], State]:
+def nvfp4(state: State, chosen: Chosen = is_quantised) -> tuple[State, dict[str, str], State]:
     """The same for nvfp4, number by number as the format is described."""
     stored: State = {}
     plain: State = {}
     layers: dict[str, object] = {}
     values = torch.tensor((*FP4, *(-one for one in FP4)))
     for key, tensor in state.items():
-        if not is_quantised(key, tensor):
+        if not chosen(key, tensor):
             stored[key] = plain[key] = tensor
             continue
         rows, columns = tensor.shape

@@ -20,6 +20,7 @@ from glassbox.flux_core.specs import LanguageModelSpec
 from glassbox.flux_core.text.encoders import LanguageModelEncoder
 from glassbox.flux_core.weights.files import Checkpoint
 from glassbox.flux_core.weights.text_encoders import load_text_encoders
+from glassbox.tests.core.quantised_files import as_bytes
 from glassbox.tests.parity import text_language_samples as samples
 from glassbox.tests.parity.text_language_samples import LanguageKit
 from glassbox.tests.parity.text_samples import meta_file, save
@@ -182,7 +183,9 @@ def test_fp8_files_become_bfloat16(
             scale = scale / 448
             state[name.removesuffix("weight") + ending] = scale
             state[name.removesuffix("weight") + "input_scale"] = torch.ones(())
-            state[name.removesuffix("weight") + "comfy_quant"] = torch.zeros(4, dtype=torch.uint8)
+            state[name.removesuffix("weight") + "comfy_quant"] = as_bytes(
+                {"format": "float8_e4m3fn"}
+            )
         state[name] = (value / scale).to(torch.float8_e4m3fn)
     kit = replace(qwen, state=state)
     encoder = kit.load(kit.write(tmp_path / "model.safetensors"))

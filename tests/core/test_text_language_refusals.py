@@ -1,10 +1,10 @@
 """A language model file that is wrong is refused by its header, with words that help."""
 
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
 
 import pytest
 import torch
@@ -43,8 +43,13 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> LanguageKit:
 
 @pytest.fixture
 def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(*_: object) -> NoReturn:
-        raise AssertionError("weights were read of a file that is refused")
+    read_through = Checkpoint.stream
+
+    def read(file: Checkpoint, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        keys = list(keys)
+        # What a layer says of its format is text, and is read with the header.
+        assert all(key.endswith(".comfy_quant") for key in keys), "weights were read"
+        return read_through(file, keys)
 
     monkeypatch.setattr(Checkpoint, "stream", read)
 
@@ -192,8 +197,14 @@ SWELLING = (torch.ones(9, 1, 1), torch.ones(32), torch.ones(1, 32), torch.ones(6
 def test_a_scale_that_would_swell_its_weight_is_refused(
     qwen: LanguageKit, scale: Tensor, tmp_path: Path
 ) -> None:
-    file = qwen.write(tmp_path / "fp8.safetensors", layers__0__mlp__up_proj__scale_weight=scale)
-    refuse(CheckpointError, r"scales 'layers\.0\.mlp\.up_proj\.weight' by", file, text=qwen.spec)
+    packed = qwen.state["layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    file = qwen.write(
+        tmp_path / "fp8.safetensors",
+        layers__0__mlp__up_proj__weight=packed,
+        layers__0__mlp__up_proj__scale_weight=scale,
+    )
+    said = refuse(CheckpointError, r"has scales of \(.*up_proj\.scale_weight", file, text=qwen.spec)
+    assert "wire that one's CLIP to 'Encode Text (FLUX)'" in said
 
 
 @pytest.mark.usefixtures("headers_only")

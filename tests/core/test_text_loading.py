@@ -17,6 +17,7 @@ from glassbox.flux_core.specs import ClipT5Spec
 from glassbox.flux_core.text.encoders import TextEncoders
 from glassbox.flux_core.text.modules import CLIP_L, T5_XXL, Shapes
 from glassbox.flux_core.weights.files import Checkpoint
+from glassbox.tests.core.quantised_files import as_bytes
 from glassbox.tests.parity import text_samples as samples
 from glassbox.tests.parity.text_samples import Kit, State
 
@@ -210,7 +211,7 @@ def test_scaled_fp8_files_are_scaled_back(
         t5[key] = (value / scale).to(torch.float8_e4m3fn)
         t5[key.removesuffix("weight") + ending] = scale
         t5[key.removesuffix("weight") + "scale_input"] = torch.ones(())
-        t5[key.removesuffix("weight") + "comfy_quant"] = torch.zeros(4, dtype=torch.uint8)
+        t5[key.removesuffix("weight") + "comfy_quant"] = as_bytes({"format": "float8_e4m3fn"})
     encoders = kit.load(clip_file, samples.save(t5, tmp_path / "t5.safetensors"))
     state = encoders.modules[1].state_dict()
     for name, value in state.items():

@@ -265,16 +265,19 @@ def test_a_gguf_under_another_name_is_known_by_its_content(tmp_path: Path) -> No
         load_flux(write_bytes(tmp_path / "b.gguf", b"GGML" + bytes(100)))
 
 
-def test_a_text_encoder_in_llama_cpps_names_is_named(tmp_path: Path) -> None:
+def test_loaders_of_transformers_and_text_encoders_name_each_other(tmp_path: Path) -> None:
     entries: Entries = {
         "token_embd.weight": (0, (4, 8), bytes(128)),
         "blk.0.attn_q.weight": (0, (8,), bytes(32)),
     }
     file = write_bytes(tmp_path / "t5.gguf", gguf_bytes(entries))
-    with pytest.raises(CheckpointError, match=r"as llama\.cpp names it.*\.safetensors file"):
+    with pytest.raises(CheckpointError, match=r"as llama\.cpp names it") as caught:
         load_flux(file)
-    with pytest.raises(CheckpointError, match=r"t5\.gguf is"):
+    assert "'Load Text Encoders (FLUX)' if it is T5, Qwen3 or Mistral" in caught.value.fix
+    file = write_bytes(tmp_path / "a.gguf", gguf_bytes(entries_of(flux1_state(), "Q8_0")[0]))
+    with pytest.raises(CheckpointError, match=r"a\.gguf is a FLUX diffusion model") as caught:
         load_text_encoders([file])
+    assert "load it with 'Load Model (FLUX)'" in caught.value.fix
 
 
 def test_a_missing_library_is_named_with_what_to_install(
