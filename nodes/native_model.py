@@ -3,7 +3,9 @@
 `Any` stands for ComfyUI's own classes, which carry no usable types.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from ..flux_core.errors import FamilyMismatchError, SettingError
@@ -15,17 +17,20 @@ from .not_native import NotNative
 _NETWORK = ("comfy.ldm.flux.model", "Flux")
 _BASES = ("Flux", "Flux2")  # in comfy.model_base; others share the network with other rules
 _FORWARDS = ("forward", "_forward", "forward_orig", "process_img")
+WATCH = "flux glassbox"  # the key of our wrapper
 _GENERATIONS = {3: "FLUX.1", 4: "FLUX.2"}  # by the count of id axes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class PlaceReferences:
     """A post_input patch: ComfyUI calls it in each pass, once the sequence is put together."""
 
     places: NativePlaces
+    is_called: bool = False  # in the pass that runs
 
     def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Put our ids, and the text's own length, into the sequence."""
+        self.is_called = True
         options = inputs["transformer_options"]
         if options.get("rope_options"):
             raise SettingError(
@@ -37,6 +42,34 @@ class PlaceReferences:
         img_ids = self.places.place(inputs["img_ids"], counts)
         txt, txt_ids = self.places.trim(inputs["txt"], inputs["txt_ids"])
         return {**inputs, "img_ids": img_ids, "txt": txt, "txt_ids": txt_ids}
+
+    def watch(self, apply_model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a pass; step caches may leave any pass out but the first one of a run.
+
+        Raises:
+            SettingError: code in the network's place ran, and never asked for our places.
+        """
+        options = next(one for one in (*args, *kwargs.values()) if _is_options(one))
+        applied = options.get("patches", {}).get("post_input", [])
+        self.is_called = False
+        result = apply_model(*args, **kwargs)
+        if any(one is self for one in applied) and _is_first(options) and not self.is_called:
+            raise SettingError(
+                "The code of another node runs in the network's place, and asks for no places.",
+                "ComfyUI's own, with its patches.",
+                "take the node off that speeds the model up, such as TeaCache; 'EasyCache' may "
+                "stay behind 'Apply To Model (FLUX)'.",
+            )
+        return result
+
+
+def _is_options(value: object) -> bool:
+    return isinstance(value, dict) and "sigmas" in value
+
+
+def _is_first(options: dict[str, Any]) -> bool:
+    levels = options.get("sample_sigmas")
+    return levels is not None and bool(options["sigmas"].reshape(-1)[0] >= levels[0])
 
 
 def apply_places(model: Any, conditioning: Conditioning) -> Any:
@@ -58,7 +91,10 @@ def apply_places(model: Any, conditioning: Conditioning) -> Any:
         references=tuple(tokens.ids for tokens in conditioning.references),
         text_tokens=conditioning.text.txt.shape[1],
     )
-    clone.set_model_post_input_patch(PlaceReferences(places))
+    patch = PlaceReferences(places)
+    clone.set_model_post_input_patch(patch)
+    clone.remove_wrappers_with_key("apply_model", WATCH)
+    clone.add_wrapper_with_key("apply_model", WATCH, patch.watch)
     return clone
 
 
@@ -72,13 +108,14 @@ def native_network(model: Any) -> Any:
     if isinstance(model, NotNative):
         raise model.not_native()
     base = getattr(model, "model", None)
-    network: Any = getattr(base, "diffusion_model", None)
+    network = _uncompiled(model, getattr(base, "diffusion_model", None))
     kind = type(network)
     is_flux = (kind.__module__, kind.__name__) == _NETWORK and type(base).__name__ in _BASES
     params = getattr(network, "params", None)
     if not is_flux or getattr(params, "txt_norm", False) or getattr(params, "yak_mlp", False):
         raise FamilyMismatchError(
-            f"The MODEL is {type(base).__name__} around {kind.__module__}.{kind.__name__}.",
+            f"The MODEL is {type(base).__name__} around "
+            f"{PurePath(kind.__module__).name}.{kind.__name__}.",
             "FLUX.1 or FLUX.2 in ComfyUI's own network.",
             "load FLUX with 'Load Diffusion Model', or with a GGUF loader; a pack that puts a "
             "class of its own in the network's place, such as Nunchaku, cannot be used here: take "
@@ -101,14 +138,29 @@ def native_network(model: Any) -> Any:
     return network
 
 
+def _uncompiled(model: Any, loaded: Any) -> Any:
+    """Find the network itself: what torch.compile made of it may stand in its place while loaded.
+
+    `loaded` is what stands there now, put on by whichever clone of the MODEL ran last.
+    """
+    backup = getattr(model, "object_patches_backup", {})
+    network = backup.get("diffusion_model", loaded)
+    return getattr(network, "_orig_mod", network)
+
+
 def _replaced(model: Any, network: Any) -> list[str]:
-    """Name the network's methods that are no longer ComfyUI's, with where they come from."""
+    """Name the network's methods that are no longer ComfyUI's, with where they come from.
+
+    What another clone has put on while it is loaded ComfyUI takes off before this one runs.
+    """
+    backup = getattr(model, "object_patches_backup", {})
     found = [key for key in model.object_patches if key.split(".")[-1] in _FORWARDS]
     for name in _FORWARDS:
-        code = getattr(getattr(network, name), "__func__", None)
-        where = getattr(code, "__module__", "an object")
-        if name in vars(network) or where != _NETWORK[0]:
-            found.append(f"{name} (from {where})")
+        method = backup.get(f"diffusion_model.{name}", getattr(network, name))
+        code = getattr(method, "__func__", method)
+        where = getattr(code, "__globals__", {}).get("__name__", "an object")
+        if where != _NETWORK[0] or getattr(method, "__self__", None) is not network:
+            found.append(f"{name} (from {PurePath(where).name})")
     return found
 
 

@@ -6,9 +6,10 @@ they do under KSampler; our places are put in by the same hook as `Apply To Mode
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import UUID, uuid4
 
 import torch
 from torch import Tensor
@@ -21,25 +22,8 @@ from ..flux_core.transformer.flux import check_conditioning
 from ..flux_core.types import Sigmas, TokenValues
 from ..flux_core.values import Conditioning, Tokens
 from ..flux_core.weights.choose import choose_family
-from .native_model import PlaceReferences, native_network
-
-# What ComfyUI's samplers call and ours do not; each may change the picture.
-_WRAPPERS = (
-    "outer_sample",
-    "prepare_sampling",
-    "sampler_sample",
-    "predict_noise",
-    "calc_cond_batch",
-)
-_OPTIONS = (
-    "sampler_cfg_function",
-    "sampler_pre_cfg_function",
-    "sampler_post_cfg_function",
-    "sampler_calc_cond_batch_function",
-    "denoise_mask_function",
-    "context_handler",
-    "multigpu_clones",
-)
+from .native_model import WATCH, PlaceReferences, native_network
+from .native_skipped import check_skipped, merged_wrappers
 
 
 class NativeNetwork:
@@ -74,7 +58,7 @@ class NativeNetwork:
             FamilyMismatchError, ShapeError: text or tokens of another model.
             SettingError: something on the MODEL that only ComfyUI's samplers call.
         """
-        _check_skipped(self.patcher)
+        check_skipped(self.patcher)
         for conditioning in conditionings:
             check_conditioning(conditioning, target, self.family, self.spec)
             if conditioning.references and self.family.references.see_only_themselves:
@@ -113,6 +97,7 @@ class NativePlan:
     inputs: dict[str, Any]
     places: PlaceReferences
     side: int  # 0 positive, 1 negative, as patches are told
+    uuid: UUID = field(default_factory=uuid4)  # by which they tell prompts apart
 
     def velocity(self, x: TokenValues, step: int) -> TokenValues:
         """Predict noise - picture for x (B, N, D) at sigmas[step], float32."""
@@ -139,11 +124,14 @@ class NativePlan:
             one for one in patches.get("post_input", []) if not isinstance(one, PlaceReferences)
         ]
         patches["post_input"] = [*others, self.places]
+        wrappers = merged_wrappers(self.patcher)
+        wrappers.setdefault("apply_model", {})[WATCH] = [self.places.watch]
         return {
             **options,
             "patches": patches,
-            "wrappers": _wrappers(self.patcher),
+            "wrappers": wrappers,
             "cond_or_uncond": [self.side],
+            "uuids": [self.uuid],
             "sigmas": sigma.reshape(1),
             "sample_sigmas": self.sigmas,
         }
@@ -174,38 +162,6 @@ def _batched(value: Any, batch: int) -> Any:
     if isinstance(value, list):
         return [_batched(one, batch) for one in value]
     return value.expand(batch, *value.shape[1:]) if isinstance(value, Tensor) else value
-
-
-def _wrappers(patcher: Any) -> dict[str, dict[Any, list[Any]]]:
-    """Gather wrappers from where nodes put them: the patcher, and its options."""
-    merged: dict[str, dict[Any, list[Any]]] = {}
-    options = patcher.model_options["transformer_options"]
-    for source in (options.get("wrappers", {}), patcher.wrappers):
-        for kind, named in source.items():
-            for key, functions in named.items():
-                merged.setdefault(kind, {}).setdefault(key, []).extend(functions)
-    return merged
-
-
-def _check_skipped(patcher: Any) -> None:
-    """Refuse by name what ComfyUI's samplers would call and ours do not."""
-    wrappers = _wrappers(patcher)
-    skipped = [
-        f"{kind} of {key or getattr(one, '__module__', 'a node')}"
-        for kind in _WRAPPERS
-        for key, functions in wrappers.get(kind, {}).items()
-        for one in functions[:1]
-    ]
-    skipped += [name for name in _OPTIONS if patcher.model_options.get(name)]
-    if any(patcher.callbacks.get("on_prepare_state", {}).values()):
-        skipped.append("on_prepare_state")
-    if skipped:
-        raise SettingError(
-            f"The MODEL carries what only ComfyUI's samplers call: {', '.join(skipped)}.",
-            "LoRAs, attention patches, and wrappers of the model itself.",
-            "take that node off, or sample with KSampler behind 'To Conditioning (FLUX)' and "
-            "'Apply To Model (FLUX)'.",
-        )
 
 
 def _file(patcher: Any) -> Path:

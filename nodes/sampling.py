@@ -12,6 +12,7 @@ from ..flux_core.sampling.solver import SOLVERS, SolverName
 from . import host
 from .kept import REFERENCE_KV, ReferenceKV
 from .native_handle import AnyModel, as_model
+from .native_skipped import shift_notes
 from .sockets import ConditioningSocket, TokensSocket, model_input
 
 _CATEGORY = "FLUX Glassbox/sampling"
@@ -152,6 +153,8 @@ class Schedule(io.ComfyNode):
     ) -> io.NodeOutput:
         family = as_model(model).family
         check_latent(noise.latent, family.latent, "noise")
+        if kind == "flux":
+            host.tell(shift_notes(model))
         count = noise.ids.shape[0]
         return io.NodeOutput(make_sigmas(family.schedule, count, steps, kind=kind, by_hand=sigmas))
 
