@@ -1,33 +1,30 @@
-"""Text encoders in GGUF files: T5, Qwen3 and Mistral under llama.cpp's names, and what is refused.
+"""Text encoders in GGUF files: T5, Qwen3 and Mistral compute what their dequantised selves do."""
 
-The names come from the gguf library's own table; the order of Mistral's rows from what llama.cpp
-turns together.
-"""
-
-import struct
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
-from gguf import MODEL_ARCH
 from torch import Tensor
 
-from glassbox.flux_core.errors import CheckpointError, FamilyMismatchError, GlassboxError
+from glassbox.flux_core.errors import CheckpointError
 from glassbox.flux_core.families import MISTRAL_SMALL_3
 from glassbox.flux_core.text.modules import T5Spec
 from glassbox.flux_core.text.tekken import read_tekken
 from glassbox.flux_core.text.tokenizers import ChatTokenizer
 from glassbox.flux_core.weights.gguf_text import in_halves
-from glassbox.flux_core.weights.load import load_flux
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
 from glassbox.flux_core.weights.text_files import open_text
 from glassbox.tests.core.checkpoints import write
-from glassbox.tests.core.quantised_files import State, gguf_bytes, text, write_bytes
-from glassbox.tests.core.test_weights_gguf import Entries, Kind, by_hand
+from glassbox.tests.core.quantised_files import State
+from glassbox.tests.core.text_gguf_files import (
+    HEAD,
+    entries_of,
+    gguf_file,
+    language_file,
+    said,
+    tokenizer,
+    vocabulary,
+)
 from glassbox.tests.parity import text_language_samples as samples
 from glassbox.tests.parity import text_samples
 from glassbox.tests.parity.text_language_samples import LanguageKit
@@ -35,15 +32,6 @@ from glassbox.tests.parity.text_samples import Kit
 
 T5 = T5Spec(width=64, layers=2, ffn=96, vocabulary=320, heads=4, head_dim=16)
 PROMPT = "make the circle red"
-ARCHITECTURES = {
-    "t5": MODEL_ARCH.T5,
-    "t5encoder": MODEL_ARCH.T5ENCODER,
-    "qwen3": MODEL_ARCH.QWEN3,
-    "llama": MODEL_ARCH.LLAMA,
-    "mistral3": MODEL_ARCH.MISTRAL3,
-}
-HEAD = 8  # rows of one head of the tiny models
-CONTROL, WORD, UNUSED = 3, 1, 5
 
 
 @pytest.fixture(scope="module")
@@ -65,111 +53,6 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     }
     t5["shared.weight"] = t5.pop("encoder.embed_tokens.weight")
     return replace(text_samples.make_kit(tmp_path_factory.mktemp("tokenizers")), t5=t5)
-
-
-# ---- writing
-
-
-def entries_of(state: State, architecture: str, kind: str) -> tuple[Entries, State]:
-    """A file's tensors under llama.cpp's names, and what they stand for under transformers'."""
-    names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], 8)
-    entries: Entries = {}
-    plain: State = {}
-    for key, tensor in state.items():
-        name = names.get_name(key, try_suffixes=(".weight",))
-        assert name is not None, key
-        shape = tuple(tensor.shape)
-        turned = interleaved(key, tensor) if architecture in ("llama", "mistral3") else tensor
-        if (
-            kind in Kind.__members__
-            and kind not in ("F16", "BF16", "F32")
-            and shape[-1] % 32 == 0
-            and tensor.ndim == 2
-        ):
-            data, made = by_hand(kind, turned)
-            entries[name] = (Kind[kind].value, shape, data)
-        else:
-            form = kind if kind in ("F16", "BF16") and tensor.ndim == 2 else "F32"
-            dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[form]
-            stored = turned.to(dtype)
-            made = stored.float()
-            entries[name] = (Kind[form].value, shape, stored.view(torch.uint8).numpy().tobytes())
-        plain[key] = straight(key, made) if architecture in ("llama", "mistral3") else made
-    return entries, plain
-
-
-def turns(key: str) -> bool:
-    return ".q_proj." in key or ".k_proj." in key
-
-
-def order(rows: int) -> list[int]:
-    """Where each row of llama.cpp's stands in transformers': neighbours are turned together."""
-    half = HEAD // 2
-    return [
-        head * HEAD + pair + side * half
-        for head in range(rows // HEAD)
-        for pair in range(half)
-        for side in range(2)
-    ]
-
-
-def interleaved(key: str, tensor: Tensor) -> Tensor:
-    return tensor[order(len(tensor))] if turns(key) else tensor
-
-
-def straight(key: str, tensor: Tensor) -> Tensor:
-    if not turns(key):
-        return tensor
-    back = torch.empty_like(tensor)
-    back[order(len(tensor))] = tensor
-    return back
-
-
-def said(key: str, words: str) -> bytes:
-    return text(key) + struct.pack("<I", 8) + text(words)
-
-
-def listed(key: str, words: Sequence[str]) -> bytes:
-    return text(key) + struct.pack("<IIQ", 9, 8, len(words)) + b"".join(map(text, words))
-
-
-def numbered(key: str, numbers: Sequence[int]) -> bytes:
-    return text(key) + struct.pack(f"<IIQ{len(numbers)}i", 9, 5, len(numbers), *numbers)
-
-
-def gguf_file(
-    path: Path, entries: Mapping[str, tuple[int, tuple[int, ...], bytes]], *metadata: bytes
-) -> Path:
-    return write_bytes(path, gguf_bytes(entries, b"".join(metadata), len(metadata)))
-
-
-def vocabulary() -> tuple[list[str], list[int]]:
-    """The words of the tiny tekken as a GGUF file has them, and an unused one at the end."""
-    by_word = read_tekken(samples.tekken()).get_vocab()
-    words = sorted(by_word, key=lambda word: by_word[word])
-    kinds = [CONTROL] * samples.RESERVED + [WORD] * (len(words) - samples.RESERVED)
-    return [*words, "[PAD]"], [*kinds, UNUSED]
-
-
-def tokenizer(words: Sequence[str], kinds: Sequence[int]) -> list[bytes]:
-    return [
-        said("tokenizer.ggml.model", "gpt2"),
-        said("tokenizer.ggml.pre", "tekken"),
-        listed("tokenizer.ggml.tokens", words),
-        numbered("tokenizer.ggml.token_type", kinds),
-    ]
-
-
-def language_file(
-    kit: LanguageKit, architecture: str, kind: str, path: Path, *metadata: bytes
-) -> tuple[Path, State]:
-    state = {"model." + key: one for key, one in kit.state.items()}
-    entries, plain = entries_of(state, architecture, kind)
-    file = gguf_file(path, entries, said("general.architecture", architecture), *metadata)
-    return file, {key.removeprefix("model."): one for key, one in plain.items()}
-
-
-# ---- reading
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16", "BF16", "F32"])
@@ -297,136 +180,3 @@ def test_files_in_transformers_names_are_read_as_they_are(kit: Kit, tmp_path: Pa
     ours, theirs = kit.load(*files).encode(PROMPT), kit.load(clip, t5).encode(PROMPT)
     assert torch.equal(ours.txt, theirs.txt)
     assert torch.equal(ours.pooled, theirs.pooled)
-
-
-# ---- refusing
-
-
-@pytest.mark.parametrize(
-    ("architecture", "title"),
-    [
-        ("gemma3", "Gemma 3"),
-        ("qwen2vl", "Qwen2.5-VL"),
-        ("qwen3vl", "Qwen3-VL"),
-        ("qwen3moe", "a mixture of experts"),
-        ("clip", r"the picture half \(mmproj\)"),
-        ("falcon", "'falcon' by its own words"),
-        ("", "'' by its own words"),
-    ],
-)
-def test_another_architecture_is_named(
-    qwen: LanguageKit, architecture: str, title: str, tmp_path: Path
-) -> None:
-    state = {"model." + key: one for key, one in qwen.state.items()}
-    entries, _ = entries_of(state, "qwen3", "Q8_0")
-    file = gguf_file(tmp_path / "a.gguf", entries, said("general.architecture", architecture))
-    with pytest.raises(FamilyMismatchError, match=title) as caught:
-        qwen.load(file)
-    assert "T5 for FLUX.1; Qwen3 or Mistral Small 3.2 for FLUX.2" in caught.value.needed
-    with pytest.raises(
-        CheckpointError, match=r"a\.gguf is a text encoder or language model"
-    ) as wrong:
-        load_flux(file)
-    assert "'Load Text Encoders (FLUX)'" in wrong.value.fix
-
-
-def test_a_mistral_with_stretched_places_is_another_model(
-    mistral: LanguageKit, tmp_path: Path
-) -> None:
-    stretched = said("mistral3.rope.scaling.type", "yarn")
-    file, _ = language_file(mistral, "mistral3", "F32", tmp_path / "a.gguf", stretched)
-    with pytest.raises(FamilyMismatchError, match="Ministral 3, Devstral 2"):
-        mistral.load(file)
-
-
-EMPTY = (0, (2,), bytes(8))
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"blk.1.ssm_a.weight": EMPTY}, r"do not belong to it, first 'model\.layers\.1\.ssm_a"),
-        ({"blk.1.attn_k.weight": None}, r"missing, first 'layers\.1\.self_attn\.k_proj"),
-        ({"blk.1.attn_k.weight": (0, (4, 32), bytes(512))}, "is 4 by 32, not 16 by 32"),
-        ({"model.embed_tokens.weight": EMPTY}, "has two names for one tensor"),
-        ({"token_embd.weight": None}, "'qwen3', and holds no 'token_embd"),
-        ({"blk.0.attn_q.bias": EMPTY}, r"Qwen2\.5"),
-        ({"blk.0.ffn_gate_inp.weight": EMPTY}, "a mixture of experts"),
-    ],
-)
-def test_names_and_shapes_that_do_not_fit_are_named_before_a_weight_is_read(
-    qwen: LanguageKit, change: Mapping[str, object], match: str, tmp_path: Path
-) -> None:
-    state = {"model." + key: one for key, one in qwen.state.items()}
-    entries: dict[str, object] = {**entries_of(state, "qwen3", "Q8_0")[0], **change}
-    kept = {key: one for key, one in entries.items() if isinstance(one, tuple)}
-    file = gguf_file(tmp_path / "a.gguf", kept, said("general.architecture", "qwen3"))
-    with pytest.raises(GlassboxError, match=match) as caught:
-        qwen.load(file)
-    assert "'Load Text Encoders (FLUX)'" in str(caught.value) or "loader" in caught.value.fix
-
-
-def test_the_first_t5_is_named(kit: Kit, tmp_path: Path) -> None:
-    entries, _ = entries_of(dict(kit.t5), "t5", "Q8_0")
-    kept = {key: one for key, one in entries.items() if "ffn_gate" not in key}
-    file = gguf_file(tmp_path / "flan.gguf", kept, said("general.architecture", "t5"))
-    clip = text_samples.save(kit.clip, tmp_path / "clip.safetensors")
-    with pytest.raises(FamilyMismatchError, match=r"flan\.gguf is T5 of the first version"):
-        kit.load(file, clip)
-
-
-def test_a_mistral_in_other_names_is_not_guessed_at(mistral: LanguageKit, tmp_path: Path) -> None:
-    entries = {
-        "model." + key: (0, tuple(one.shape), one.numpy().tobytes())
-        for key, one in mistral.state.items()
-    }
-    file = gguf_file(tmp_path / "a.gguf", entries, said("general.architecture", "llama"))
-    with pytest.raises(CheckpointError, match="says that it is 'llama', and holds no 'token_embd"):
-        mistral.load(file)
-
-
-Words = tuple[list[str], list[int]]
-BROKEN = (
-    (lambda words, kinds: (words, kinds[:-1]), r"tokens and \d+ kinds"),
-    (lambda words, kinds: ([], []), "no token for some byte"),
-    (lambda words, kinds: (["<unk>", *words[1:19], "<unk>", *words[20:]], kinds), "are the same"),
-    (lambda words, kinds: ([*words[:-1], words[-2]], [*kinds[:-1], WORD]), "are the same"),
-    (lambda words, kinds: ([*words[:-1], "\u4f60"], [*kinds[:-1], WORD]), "could not be read"),
-    (lambda words, kinds: (words, [*kinds[:-1], CONTROL]), "do not come first"),
-    (lambda words, kinds: ([*words[:-1], "a" * 20_000], [*kinds[:-1], WORD]), "longer than any"),
-    (lambda words, kinds: ([*words, *map(str, range(300_000))], kinds), "it lists 300,"),
-)
-
-
-@pytest.mark.parametrize(("change", "match"), BROKEN, ids=[match for _, match in BROKEN])
-def test_a_broken_vocabulary_is_refused_quickly(
-    mistral: LanguageKit, change: object, match: str, tmp_path: Path
-) -> None:
-    assert callable(change)
-    words, kinds = change(*vocabulary())
-    file, _ = language_file(mistral, "llama", "F32", tmp_path / "a.gguf", *tokenizer(words, kinds))
-    start = time.process_time()
-    with pytest.raises(CheckpointError, match=f"tokenizer of Mistral could not.*{match}|{match}"):
-        mistral.load(file)
-    assert time.process_time() - start < 2
-
-
-def test_a_download_that_stopped_anywhere_is_refused(mistral: LanguageKit, tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    file, _ = language_file(mistral, "llama", "Q8_0", path, *tokenizer(*vocabulary()))
-    whole = file.read_bytes()
-    for share in range(1, 20):
-        file.write_bytes(whole[: len(whole) * share // 20])
-        with pytest.raises(CheckpointError, match="cut short"):
-            load_text_encoders([file])
-
-
-def test_a_vocabulary_as_large_as_a_file_may_state_is_not_held_in_memory(
-    mistral: LanguageKit, tmp_path: Path
-) -> None:
-    words = ["x" * 900_000] * 80
-    file, _ = language_file(
-        mistral, "llama", "F32", tmp_path / "a.gguf", *tokenizer(words, [1] * 80)
-    )
-    with pytest.raises(CheckpointError, match=r"'tokenizer\.ggml\.tokens' is 72,000,640 bytes"):
-        mistral.load(file)
