@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..flux_core.weights.lora_parts import LoraPart
 
 _PREFIX = "diffusion_model."
+_RESHAPE = 5  # of a LoRA's parts in ComfyUI's words: the size it gives the weight
 
 
 def native_with_changes(patcher: Any, parts: Sequence["LoraPart"]) -> Any:
@@ -23,8 +24,17 @@ def native_with_changes(patcher: Any, parts: Sequence["LoraPart"]) -> Any:
     The clone is of the MODEL's own class, which patches quantised weights in its own way.
 
     Raises:
-        SettingError: the MODEL has no tensor of a name that its network should have.
+        SettingError: the MODEL has no tensor of a name that its network should have, or a LoRA on
+            it has made a changed one larger.
     """
+    enlarged = [part.key for part in parts if _PREFIX + part.key in larger_weights(patcher)]
+    if enlarged:
+        raise SettingError(
+            f"A LoRA on the MODEL, as Canny's and Depth's do, makes '{enlarged[0]}' larger, which "
+            "this LoRA changes as it was.",
+            "this LoRA before the other one.",
+            "wire 'Apply LoRA (FLUX)' before the node that puts on the other LoRA.",
+        )
     clone = host.changed(patcher, [replace(part, key=_PREFIX + part.key) for part in parts])
     lost = [part.key for part in parts if _PREFIX + part.key not in clone.patches]
     if lost:
@@ -35,3 +45,28 @@ def native_with_changes(patcher: Any, parts: Sequence["LoraPart"]) -> Any:
             "unload the models once.",
         )
     return clone
+
+
+def larger_weights(patcher: Any) -> dict[str, list[int]]:
+    """Name the weights that a LoRA on a MODEL makes larger, with the sizes they get.
+
+    BFL's Canny and Depth LoRAs do it to img_in, which then takes a second picture's channels.
+    """
+    return {
+        key: size
+        for key, patches in patcher.patches.items()
+        for size in map(_size_given, patches)
+        if size
+    }
+
+
+def _size_given(patch: tuple[Any, ...]) -> list[int]:
+    """Tell the size a patch gives its weight; [] when it leaves it."""
+    change = patch[1]
+    parts = getattr(change, "weights", ())
+    if len(parts) == _RESHAPE + 1 and parts[_RESHAPE]:
+        return list(parts[_RESHAPE])
+    if not isinstance(change, tuple) or change[0] != "diff":
+        return []
+    values: Any = change[1]
+    return list(values[0].shape) if len(values) > 1 and values[1].get("pad_weight") else []

@@ -22,6 +22,7 @@ from ..flux_core.transformer.flux import check_conditioning
 from ..flux_core.types import Sigmas, TokenValues
 from ..flux_core.values import Conditioning, Tokens
 from ..flux_core.weights.choose import choose_family
+from .native_lora import larger_weights
 from .native_model import WATCH, PlaceReferences, native_network
 from .native_skipped import check_skipped, merged_wrappers
 
@@ -56,9 +57,10 @@ class NativeNetwork:
 
         Raises:
             FamilyMismatchError, ShapeError: text or tokens of another model.
-            SettingError: something on the MODEL that only ComfyUI's samplers call.
+            SettingError: something on the MODEL that only ComfyUI's samplers call, or give.
         """
         check_skipped(self.patcher)
+        _check_inputs(self.patcher)
         for conditioning in conditionings:
             check_conditioning(conditioning, target, self.family, self.spec)
             if conditioning.references and self.family.references.see_only_themselves:
@@ -135,6 +137,19 @@ class NativePlan:
             "sigmas": sigma.reshape(1),
             "sample_sigmas": self.sigmas,
         }
+
+
+def _check_inputs(patcher: Any) -> None:
+    """Refuse a LoRA that makes the network take more than a noisy picture."""
+    larger = larger_weights(patcher)
+    if larger:
+        name, size = next(iter(larger.items()))
+        raise SettingError(
+            f"A LoRA on the MODEL makes its '{name.removeprefix('diffusion_model.')}' "
+            f"{'x'.join(map(str, size))}: it takes a control picture too, as with Canny and Depth.",
+            "a model that takes a noisy picture alone.",
+            "take that LoRA off, or sample with KSampler and 'InstructPixToPixConditioning'.",
+        )
 
 
 def _inputs(conditioning: Conditioning, device: torch.device) -> dict[str, Any]:

@@ -253,6 +253,7 @@ class LoraBench(BenchIn):
         answer = {name: self._refused(**one) for name, one in uses.items()}
         files.Checkpoint.stream = stream
         answer["compiled"] = self._beside_compiled(native)
+        answer |= self._with_control(native)
         return {"refused": answer, "reads": len(reads)}
 
     def _refused(self, generation: str, model: Any, dropped: str | None, blocks: str) -> Answer:
@@ -278,6 +279,20 @@ class LoraBench(BenchIn):
         mm.load_models_gpu([native])
         assert native.model.diffusion_model.img_in is layer
         return answer
+
+    def _with_control(self, native: Any) -> dict[str, Answer]:
+        """ComfyUI's loader has put a Canny LoRA on, which doubles the input's channels."""
+        maker = self.loras.Maker()
+        maker.pair("img_in", (256, 128), "img_in", self.loras.AB)
+        maker.file["single_blocks.0.norm.key_norm.scale"] = maker.draw(128)
+        maker.write(self.scratch)
+        control = self.natively(native)
+        conditioning = self.conditioning("FLUX.1", 1, "as wired")
+        before = time.perf_counter()
+        sampled = _message(lambda: self.guided_by(control, conditioning))
+        answer = {"sampled": {"said": sampled, "seconds": time.perf_counter() - before}}
+        answer["itself"] = {"said": _message(lambda: self.apply(native)), "seconds": 0.0}
+        return answer | {"behind control": self._refused("FLUX.1", control, None, "")}
 
     def taken(self) -> list[str]:
         """What only ComfyUI's samplers call stays on a MODEL, for them."""

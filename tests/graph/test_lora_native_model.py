@@ -118,6 +118,9 @@ def test_what_only_comfyuis_samplers_call_stays_on_the_model(seen: Json) -> None
         ("forward", ("SettingError: Another node has replaced the network's code",)),
         ("fill", ("SettingError: The MODEL takes 384 channels a token",)),
         ("compiled", ("SettingError: The MODEL's network has no 'img_in.weight'", "unload")),
+        ("itself", ("CheckpointError", "Canny or Depth LoRA", "'InstructPixToPixConditioning'")),
+        ("sampled", ("SettingError: A LoRA on the MODEL makes its 'img_in.weight' 256x128",)),
+        ("behind control", ("SettingError: A LoRA on the MODEL", "'img_in.weight' larger")),
         ("sdxl", ("FamilyMismatchError: The MODEL is SDXL", "FLUX.1 or FLUX.2")),
     ],
 )
