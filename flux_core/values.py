@@ -54,6 +54,7 @@ class Conditioning:
     text: TextFeatures
     references: tuple[Tokens, ...] = ()
     guidance: float | None = None
+    notes: tuple[str, ...] = ()  # what became of it that one may not expect, said by the sampler
 
     def __post_init__(self) -> None:
         """Refuse a guidance that is no number from 0 to 100."""

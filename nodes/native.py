@@ -4,7 +4,8 @@ from comfy_api.latest import io
 from typing_extensions import override
 
 from . import host
-from .sockets import ConditioningSocket
+from .native_conditioning_in import AnyConditioning, as_conditioning
+from .sockets import conditioning_input
 
 _CATEGORY = "FLUX Glassbox/native"
 
@@ -21,7 +22,9 @@ class ToConditioning(io.ComfyNode):
             "references go along as latents, in their order.",
             search_aliases=["reference latent", "native", "ksampler", "basic guider"],
             inputs=[
-                ConditioningSocket.Input("conditioning", tooltip="From Reference Conditioner.")
+                conditioning_input(
+                    "conditioning", "From Reference Conditioner, or a native CONDITIONING."
+                )
             ],
             outputs=[
                 io.Conditioning.Output("native"),
@@ -31,7 +34,7 @@ class ToConditioning(io.ComfyNode):
 
     @classmethod
     @override
-    def execute(cls, conditioning: ConditioningSocket.Type) -> io.NodeOutput:
+    def execute(cls, conditioning: AnyConditioning) -> io.NodeOutput:
         from .native_conditioning import to_native  # imported with the first use: it takes time
 
         native, report, notes = to_native(conditioning)
@@ -55,8 +58,10 @@ class ApplyToModel(io.ComfyNode):
                     "model",
                     tooltip="FLUX.1 or FLUX.2 from ComfyUI's loaders, LoRAs included.",
                 ),
-                ConditioningSocket.Input(
-                    "conditioning", tooltip="The one that goes to To Conditioning."
+                conditioning_input(
+                    "conditioning",
+                    "The one that goes to To Conditioning; or the native one that goes to the "
+                    "sampler.",
                 ),
             ],
             outputs=[io.Model.Output("model")],
@@ -64,7 +69,7 @@ class ApplyToModel(io.ComfyNode):
 
     @classmethod
     @override
-    def execute(cls, model: io.Model.Type, conditioning: ConditioningSocket.Type) -> io.NodeOutput:
+    def execute(cls, model: io.Model.Type, conditioning: AnyConditioning) -> io.NodeOutput:
         from .native_model import apply_places
 
-        return io.NodeOutput(apply_places(model, conditioning))
+        return io.NodeOutput(apply_places(model, as_conditioning(conditioning)))

@@ -8,6 +8,7 @@ from typing import Any
 from ..flux_core.tokens.native import native_method
 from ..flux_core.tokens.pack import tokens_latent
 from ..flux_core.values import Conditioning
+from .native_conditioning_in import AnyConditioning, as_conditioning, is_guidance_off
 
 _BY_HAND = (
     "the references are placed by hand, which ComfyUI has no name for: put 'Apply To Model "
@@ -16,19 +17,23 @@ _BY_HAND = (
 _NO_GUIDANCE = "no guidance is set: ComfyUI takes 3.5 where the model reads one."
 
 
-def to_native(conditioning: Conditioning) -> tuple[Any, str, list[str]]:
+def to_native(wired: AnyConditioning) -> tuple[Any, str, list[str]]:
     """Give a CONDITIONING, a report on it, and the notes in it: what ComfyUI cannot be told."""
-    settings, notes = _settings(conditioning)
+    conditioning = as_conditioning(wired)
+    settings, notes = _settings(conditioning, is_off=is_guidance_off(wired))
+    notes += conditioning.notes
     report = "\n".join([_describe(conditioning, settings), *notes])
     return [[conditioning.text.txt, settings]], report, notes
 
 
-def _settings(conditioning: Conditioning) -> tuple[dict[str, Any], list[str]]:
+def _settings(conditioning: Conditioning, *, is_off: bool) -> tuple[dict[str, Any], list[str]]:
     """Give what ComfyUI reads beside the text, and what it cannot be told."""
     settings, notes = dict[str, Any](), list[str]()
     if conditioning.text.pooled is not None:
         settings["pooled_output"] = conditioning.text.pooled
-    if conditioning.guidance is None:
+    if is_off:
+        settings["guidance"] = None  # as FluxDisableGuidance says it
+    elif conditioning.guidance is None:
         notes.append(_NO_GUIDANCE)
     else:
         settings["guidance"] = conditioning.guidance

@@ -2,8 +2,10 @@
 
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from ..flux_core.checks import check_finite
-from ..flux_core.errors import FamilyMismatchError
+from ..flux_core.errors import FamilyMismatchError, SettingError
 from ..flux_core.families import FLUX1_LATENT, FLUX2_LATENT
 from ..flux_core.specs import LatentSpec
 from ..flux_core.tokens.pack import latent_tokens
@@ -28,17 +30,33 @@ def as_tokens(tokens: AnyTokens, autoencoder: LatentSpec | None = None) -> Token
     Raises:
         FamilyMismatchError: a latent that is not FLUX's.
         ShapeError: its sides do not divide into tokens.
-        SettingError: it carries what tokens cannot, such as a noise mask.
+        SettingError: it carries what tokens cannot, such as a noise mask, or is no latent at all.
     """
     if isinstance(tokens, Tokens):
         return tokens
+    if not is_latent(tokens):
+        raise SettingError(
+            f"A {type(tokens).__name__} is wired where tokens go.",
+            "tokens, or a LATENT.",
+            "wire 'Noise (FLUX)', 'Encode and Pack (FLUX)' or a node that gives a LATENT.",
+        )
     samples = host.latent_samples(tokens)
+    spec = latent_spec(samples, autoencoder)
+    check_finite(samples, "latent input")
+    return latent_tokens(samples, spec)
+
+
+def latent_spec(samples: Tensor, autoencoder: LatentSpec | None = None) -> LatentSpec:
+    """Tell whose latent (B, C, h, w) this is, by its channels.
+
+    Raises:
+        FamilyMismatchError: a latent that is not FLUX's.
+    """
     channels = samples.shape[1] if len(samples.shape) == 4 else 0
     known = [FLUX1_LATENT, FLUX2_LATENT]
     for spec in known if autoencoder is None else [autoencoder, *known]:
         if spec.channels == channels:
-            check_finite(samples, "latent input")
-            return latent_tokens(samples, spec)
+            return spec
     raise FamilyMismatchError(
         f"The latent has shape {tuple(samples.shape)}.",
         " or ".join(f"{one.name}'s, with {one.channels} channels" for one in known) + ".",

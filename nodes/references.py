@@ -8,8 +8,10 @@ from ..flux_core.specs import Placement
 from ..flux_core.tokens.references import check_references, place_references
 from ..flux_core.values import Conditioning, Tokens
 from ..flux_core.weights.names import shorten
+from . import host
+from .native_conditioning_in import AnyText, as_text
 from .native_latent import as_tokens, is_latent
-from .sockets import ConditioningSocket, TextSocket, tokens_input
+from .sockets import ConditioningSocket, text_input, tokens_input
 
 _MAX_REFERENCES = 100  # ComfyUI's own limit for inputs that grow
 _NAMES = [f"reference_{number}" for number in range(1, _MAX_REFERENCES + 1)]
@@ -27,7 +29,7 @@ class ReferenceConditioner(io.ComfyNode):
             "by every step and changed by none. Without one it is text to image.",
             search_aliases=["reference latent", "kontext", "flux guidance", "multi reference"],
             inputs=[
-                TextSocket.Input("text", tooltip="From Encode Text."),
+                text_input("From Encode Text; or a native CONDITIONING, for its text alone."),
                 io.Float.Input(
                     "guidance",
                     default=2.5,
@@ -64,7 +66,7 @@ class ReferenceConditioner(io.ComfyNode):
     @override
     def execute(
         cls,
-        text: TextSocket.Type,
+        text: AnyText,
         guidance: float,
         placement: Placement,
         references: io.Autogrow.Type | None = None,
@@ -84,7 +86,9 @@ class ReferenceConditioner(io.ComfyNode):
         ordered = [as_tokens(wired[name]) for name in _NAMES if wired.get(name) is not None]
         check_references(ordered)
         placed = place_references(ordered, placement)
-        return io.NodeOutput(Conditioning(text=text, references=placed, guidance=guidance))
+        features, notes = as_text(text, guidance)
+        host.tell(notes)
+        return io.NodeOutput(Conditioning(text=features, references=placed, guidance=guidance))
 
 
 def _is_tokens_by_name(wired: object) -> bool:

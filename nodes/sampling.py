@@ -11,9 +11,11 @@ from ..flux_core.sampling.sigmas import SigmaKind, make_sigmas
 from ..flux_core.sampling.solver import SOLVERS, SolverName
 from . import host
 from .kept import REFERENCE_KV, ReferenceKV
+from .native_conditioning_in import AnyConditioning, as_conditioning
 from .native_handle import AnyModel, as_model
+from .native_latent import AnyTokens, as_tokens
 from .native_skipped import shift_notes
-from .sockets import ConditioningSocket, TokensSocket, model_input
+from .sockets import TokensSocket, conditioning_input, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/sampling"
 
@@ -114,7 +116,9 @@ class Schedule(io.ComfyNode):
             search_aliases=["flux scheduler", "sigmas", "steps", "karras", "shift"],
             inputs=[
                 model_input("The model that will sample: from a loader, or a native MODEL."),
-                TokensSocket.Input("noise", tooltip="From Noise: its token count sets the shift."),
+                tokens_input(
+                    "noise", "From Noise, or a native LATENT: its token count sets the shift."
+                ),
                 io.Int.Input(
                     "steps",
                     default=30,
@@ -146,16 +150,17 @@ class Schedule(io.ComfyNode):
     def execute(
         cls,
         model: AnyModel,
-        noise: TokensSocket.Type,
+        noise: AnyTokens,
         steps: int,
         kind: SigmaKind,
         sigmas: str,
     ) -> io.NodeOutput:
         family = as_model(model).family
-        check_latent(noise.latent, family.latent, "noise")
+        tokens = as_tokens(noise, family.latent)
+        check_latent(tokens.latent, family.latent, "noise")
+        count = tokens.ids.shape[0]
         if kind == "flux":
             host.tell(shift_notes(model))
-        count = noise.ids.shape[0]
         return io.NodeOutput(make_sigmas(family.schedule, count, steps, kind=kind, by_hand=sigmas))
 
 
@@ -172,7 +177,9 @@ class SampleGuided(io.ComfyNode):
             search_aliases=["ksampler", "flux sampler", "denoise", "basic guider"],
             inputs=[
                 model_input("From a loader, or a native MODEL with its LoRAs."),
-                ConditioningSocket.Input("conditioning", tooltip="From Reference Conditioner."),
+                conditioning_input(
+                    "conditioning", "From Reference Conditioner, or a native CONDITIONING."
+                ),
                 TokensSocket.Input("noise", tooltip="From Noise."),
                 io.Sigmas.Input(
                     "sigmas", tooltip="From Schedule: falling from at most 1 to 0, one a step."
@@ -188,13 +195,15 @@ class SampleGuided(io.ComfyNode):
     def execute(
         cls,
         model: AnyModel,
-        conditioning: ConditioningSocket.Type,
+        conditioning: AnyConditioning,
         noise: TokensSocket.Type,
         sigmas: io.Sigmas.Type,
         solver: SolverName,
         reference_kv: ReferenceKV = "auto",
     ) -> io.NodeOutput:
-        tokens = as_model(model).sample(conditioning, noise, sigmas, solver, None, reference_kv)
+        handle = as_model(model)
+        given = as_conditioning(conditioning, handle)
+        tokens = handle.sample(given, noise, sigmas, solver, None, reference_kv)
         return io.NodeOutput(tokens)
 
 
@@ -216,9 +225,13 @@ class SampleTrueCFG(io.ComfyNode):
             ],
             inputs=[
                 model_input("From a loader, or a native MODEL with its LoRAs."),
-                ConditioningSocket.Input("positive", tooltip="What to make."),
-                ConditioningSocket.Input(
-                    "negative", tooltip="What to move away from, with the same references."
+                conditioning_input(
+                    "positive",
+                    "What to make: from Reference Conditioner, or a native CONDITIONING.",
+                ),
+                conditioning_input(
+                    "negative",
+                    "What to move away from, with the same references; native CONDITIONING too.",
                 ),
                 TokensSocket.Input("noise", tooltip="From Noise."),
                 io.Sigmas.Input(
@@ -269,8 +282,8 @@ class SampleTrueCFG(io.ComfyNode):
     def execute(
         cls,
         model: AnyModel,
-        positive: ConditioningSocket.Type,
-        negative: ConditioningSocket.Type,
+        positive: AnyConditioning,
+        negative: AnyConditioning,
         noise: TokensSocket.Type,
         sigmas: io.Sigmas.Type,
         cfg: float,
@@ -280,6 +293,9 @@ class SampleTrueCFG(io.ComfyNode):
         solver: SolverName,
         reference_kv: ReferenceKV = "auto",
     ) -> io.NodeOutput:
-        settings = TrueCFG(negative=negative, scale=cfg, start=start, end=end, passes=passes)
-        tokens = as_model(model).sample(positive, noise, sigmas, solver, settings, reference_kv)
+        handle = as_model(model)
+        make = as_conditioning(positive, handle, "positive")
+        avoid = as_conditioning(negative, handle, "negative")
+        settings = TrueCFG(negative=avoid, scale=cfg, start=start, end=end, passes=passes)
+        tokens = handle.sample(make, noise, sigmas, solver, settings, reference_kv)
         return io.NodeOutput(tokens)

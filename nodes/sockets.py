@@ -51,6 +51,11 @@ class TextSocket(io.ComfyTypeIO):
     Type = values.TextFeatures
 
 
+def text_input(tooltip: str) -> io.MultiType.Input:
+    """An input that takes an encoded prompt, or ComfyUI's own CONDITIONING for its text."""
+    return io.MultiType.Input("text", types=[TextSocket, io.Conditioning], tooltip=tooltip)
+
+
 @io.comfytype(io_type="GLASSBOX_TOKENS")
 class TokensSocket(io.ComfyTypeIO):
     """A picture, or noise, as tokens with their places."""
@@ -70,6 +75,11 @@ class ConditioningSocket(io.ComfyTypeIO):
     """Text, placed references and guidance: what every step sees."""
 
     Type = values.Conditioning
+
+
+def conditioning_input(name: str, tooltip: str) -> io.MultiType.Input:
+    """An input that takes our conditioning, or ComfyUI's own CONDITIONING."""
+    return io.MultiType.Input(name, types=[ConditioningSocket, io.Conditioning], tooltip=tooltip)
 
 
 @io.comfytype(io_type="GLASSBOX_FIT")

@@ -9,9 +9,10 @@ from ..flux_core.tokens.ids import place
 from ..flux_core.tokens.inspect import describe_sequence, sequence_report
 from ..flux_core.tokens.pack import latent_tokens, tokens_latent
 from . import host
+from .native_conditioning_in import AnyConditioning, as_conditioning
 from .native_handle import AnyModel, as_model
 from .native_latent import AnyTokens, as_tokens
-from .sockets import ConditioningSocket, TokensSocket, model_input, tokens_input
+from .sockets import TokensSocket, conditioning_input, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/tokens"
 _FARTHEST = 4096.0  # tokens, or pictures: far beyond any that fits in memory
@@ -129,7 +130,9 @@ class InspectTokens(io.ComfyNode):
             search_aliases=["sequence", "debug tokens", "img_ids", "token count"],
             is_output_node=True,
             inputs=[
-                ConditioningSocket.Input("conditioning", tooltip="From Reference Conditioner."),
+                conditioning_input(
+                    "conditioning", "From Reference Conditioner, or a native CONDITIONING."
+                ),
                 tokens_input(
                     "noise",
                     "From Noise, or a native LATENT: adds the target to the sequence.",
@@ -148,11 +151,13 @@ class InspectTokens(io.ComfyNode):
     @override
     def execute(
         cls,
-        conditioning: ConditioningSocket.Type,
+        conditioning: AnyConditioning,
         noise: AnyTokens | None = None,
         model: AnyModel | None = None,
     ) -> io.NodeOutput:
-        rule = None if model is None else as_model(model).family.references
+        handle = None if model is None else as_model(model)
+        given = as_conditioning(conditioning, handle)
+        rule = None if handle is None else handle.family.references
         target = None if noise is None else as_tokens(noise)
-        sequence = describe_sequence(conditioning, target, rule)
+        sequence = describe_sequence(given, target, rule)
         return io.NodeOutput(sequence_report(sequence), ui={"glassbox_tokens": [sequence]})

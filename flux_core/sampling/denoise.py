@@ -108,7 +108,8 @@ def sampling_notes(
     noise: Tokens | None = None,
 ) -> tuple[str, ...]:
     """Say what a run will do that its settings may not lead one to expect."""
-    family, notes = network.family, list[str]()
+    sides = [conditioning] if cfg is None else [conditioning, cfg.negative]
+    family, notes = network.family, list(dict.fromkeys(note for one in sides for note in one.notes))
     if noise is not None and not noise.is_noise:
         notes.append("the noise is not from 'Noise (FLUX)': a picture there is taken for noise.")
     notes += [

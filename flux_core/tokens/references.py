@@ -72,14 +72,24 @@ def check_references(references: Sequence[Tokens]) -> None:
             )
 
 
-def tile(references: Sequence[Tokens]) -> tuple[Tokens, ...]:
-    """Put each reference right of or below the ones before it, where the canvas grows least."""
-    height = width = 0  # extent so far, in tokens
+def tile(
+    references: Sequence[Tokens], sides: Sequence[tuple[int, int]] | None = None
+) -> tuple[Tokens, ...]:
+    """Put each reference right of or below the ones before it, where the canvas grows least.
+
+    Args:
+        references: in their order.
+        sides: height and width of each latent in cells, where one was filled up to whole tokens;
+            None takes them from the tokens.
+    """
+    height = width = 0  # extent so far, in cells
     placed: list[Tokens] = []
-    for tokens in references:
-        rows, columns = tokens.grid
+    for number, tokens in enumerate(references):
+        patch = tokens.latent.patch
+        rows, columns = [side * patch for side in tokens.grid] if sides is None else sides[number]
         below = rows + height <= columns + width
         row, column = (height, 0) if below else (0, width)
-        placed.append(place(tokens, index=_CANVAS_INDEX, row=row, column=column))
+        place_row, place_column = (-(-cells // patch) for cells in (row, column))
+        placed.append(place(tokens, index=_CANVAS_INDEX, row=place_row, column=place_column))
         height, width = max(height, rows + row), max(width, columns + column)
     return tuple(placed)
