@@ -25,6 +25,9 @@ class Kind:
 LIBRARIES = (
     Kind("quantised by bitsandbytes (nf4 or int8)", (".absmax", ".quant_state", ".SCB"), _BF16),
     Kind("quantised by SVDQuant, AWQ or GPTQ", (".qweight", ".wscales"), _BF16),
+    Kind("float8 with a scale for each block (weight_scale_inv)", (".weight_scale_inv",), _BF16),
+    Kind("packed by compressed-tensors (vLLM)", (".weight_packed",), _BF16),
+    Kind("quantised by MLX", (".q_proj.scales", ".gate_proj.scales"), _BF16),
 )
 QUANTISED = (*LIBRARIES, Kind("quantised for ComfyUI", (".comfy_quant",), _BF16))
 LORA = Kind("a LoRA", (".lora_A", ".lora_B", ".lora_down", ".lora_up", "_lora1.", ".lokr_"), _OTHER)
