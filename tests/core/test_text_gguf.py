@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -158,6 +160,34 @@ def test_a_tokenizer_beside_a_mistral_that_carries_none_is_used(
         mistral.load(one, dtype=torch.float32).encode(PROMPT).txt for one in (file, carried)
     ]
     assert torch.equal(*features)
+
+
+def test_a_file_of_the_librarys_own_writer_is_read(mistral: LanguageKit, tmp_path: Path) -> None:
+    """With metadata of every type a converter writes."""
+    file = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_name("Mistral Small")
+    writer.add_head_count(4)
+    writer.add_rope_freq_base(1e9)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("tekken")
+    words, kinds = vocabulary()
+    writer.add_token_list(words)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([f"{word} {word}" for word in words[:50]])
+    writer.add_add_bos_token(True)
+    state = {"model." + key: one for key, one in mistral.state.items()}
+    entries, plain = entries_of(state, "llama", "Q8_0")
+    for name, (kind, shape, data) in entries.items():
+        bits = np.frombuffer(data, dtype=np.uint8 if kind == 8 else np.float32)
+        sides = (*shape[:-1], -1)
+        writer.add_tensor(name, bits.reshape(sides), raw_dtype=gguf.GGMLQuantizationType(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    same_features(mistral, file, {k.removeprefix("model."): v for k, v in plain.items()}, tmp_path)
 
 
 def test_every_tensor_has_its_name(qwen: LanguageKit, tmp_path: Path) -> None:

@@ -113,6 +113,17 @@ def test_the_first_t5_is_named(kit: Kit, tmp_path: Path) -> None:
         kit.load(file, clip)
 
 
+def test_umt5_is_named(kit: Kit, tmp_path: Path) -> None:
+    """It has a table of places in every layer."""
+    entries, _ = entries_of(dict(kit.t5), "t5encoder", "Q8_0")
+    entries["enc.blk.1.attn_rel_b.weight"] = entries["enc.blk.0.attn_rel_b.weight"]
+    form = said("general.architecture", "t5encoder")
+    file = gguf_file(tmp_path / "umt5-xxl-encoder.gguf", entries, form)
+    clip = text_samples.save(kit.clip, tmp_path / "clip.safetensors")
+    with pytest.raises(FamilyMismatchError, match=r"umt5-xxl-encoder\.gguf is UMT5"):
+        kit.load(file, clip)
+
+
 def test_a_mistral_in_other_names_is_not_guessed_at(mistral: LanguageKit, tmp_path: Path) -> None:
     entries = {
         "model." + key: (0, tuple(one.shape), one.numpy().tobytes())
