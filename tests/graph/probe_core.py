@@ -24,12 +24,20 @@ WATCHED = (
     "comfy.ldm.flux.math",
     "comfy.samplers",
     "comfy.model_base",
+    "comfy.model_sampling",
+    "comfy.conds",
+    "comfy.sd",
+    "comfy.lora",
+    "comfy.weight_adapter",
+    "comfy.patcher_extension",
+    "comfy.sampler_helpers",
     "comfy.k_diffusion.sampling",
     "comfy.sample",
     "comfy.ops",
     "comfy.model_patcher",
     "comfy.latent_formats",
     "latent_preview",
+    "nodes",
 )
 Answer = dict[str, Any]
 

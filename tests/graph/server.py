@@ -26,6 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "flux-glassbox"
+FOR_TESTS = Path(__file__).with_name("only_for_tests.py")  # nodes for tests alone
 IN_USE = ROOT / ".cache" / "comfyui-in-use"  # made by prepare.py
 
 Json = dict[str, Any]
@@ -64,6 +65,7 @@ class Comfy:
         port: int | None = None,
         timeout_s: float = 240,
         packs: Sequence[Path] = (),
+        is_absent: bool = False,
     ) -> Iterator["Comfy"]:
         """Start a ComfyUI and stop it in the end, whatever happens in between.
 
@@ -73,6 +75,7 @@ class Comfy:
             port: a free one without it.
             timeout_s: seconds it may take until it answers.
             packs: other node packs to link in beside this one.
+            is_absent: leave this one out.
         """
         with contextlib.ExitStack() as stack:
             if base is None:
@@ -81,23 +84,24 @@ class Comfy:
                 )
                 base = Path(stack.enter_context(scratch))
             stack.enter_context(_stopped_by_sigterm())
-            comfy = cls._launch(base.resolve(), _free_port(port or 0), arguments, packs)
+            linked = {one.name: one for one in packs} | ({} if is_absent else {PACK: ROOT})
+            comfy = cls._launch(base.resolve(), _free_port(port or 0), arguments, linked)
             stack.callback(comfy.stop)
             comfy._wait_until_up(timeout_s)
             yield comfy
 
     @classmethod
     def _launch(
-        cls, base: Path, port: int, arguments: Sequence[str], packs: Sequence[Path]
+        cls, base: Path, port: int, arguments: Sequence[str], packs: dict[str, Path]
     ) -> "Comfy":
         """Start the process in a base directory into which the packs are linked."""
         for folder in ("custom_nodes", "input", "output", "models"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        for name, folder in {PACK: ROOT, **{one.name: one for one in packs}}.items():
+        for name, pack in packs.items():
             link = base / "custom_nodes" / name
             if link.is_symlink():
                 link.unlink()
-            link.symlink_to(folder, target_is_directory=True)
+            link.symlink_to(pack, target_is_directory=pack.is_dir())
         home = comfyui_path()
         command = [sys.executable, str(home / "main.py"), "--listen", "127.0.0.1"]
         command += ["--port", str(port), "--base-directory", str(base)]
