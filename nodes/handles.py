@@ -24,6 +24,7 @@ from ..flux_core.values import Conditioning, TextFeatures, Tokens
 from . import host
 from .kept import KeepDuringRun, ReferenceKV, ReferenceStore, choose, keeping
 from .not_native import NotNative
+from .stored import changed_at_use, made_bytes
 
 if TYPE_CHECKING:
     from ..flux_core.image.autoencoder import Autoencoder
@@ -66,6 +67,7 @@ class ModelHandle(NotNative):
         self._residency = _Residency(self._modulation, self.patcher, self._kept)
         self.dtype = network.compute_dtype = dtype
         network.ready = self._residency
+        self._made = made_bytes(self.patcher, self._modulation)
         self._base: ModelHandle | None = None
 
     def with_changes(self, parts: Sequence["LoraPart"]) -> "ModelHandle":
@@ -77,8 +79,9 @@ class ModelHandle(NotNative):
         twin = copy(self)
         twin._base = self  # while it lives, its file is not loaded again
         twin.network = copy(self.network)  # the same two parts, brought by the twin
-        twin.patcher = host.changed(self.patcher, parts)
-        twin._modulation = host.changed(self._modulation, parts)
+        twin.patcher = changed_at_use(self.patcher, parts)
+        twin._modulation = changed_at_use(self._modulation, parts)
+        twin._made = made_bytes(twin.patcher, twin._modulation)
         twin._residency = _Residency(twin._modulation, twin.patcher, self._kept)
         twin.network.ready = twin._residency
         return twin
@@ -144,11 +147,11 @@ class ModelHandle(NotNative):
         aside = references if self.family.references.see_only_themselves else 0
         tokens = texts + _token_count([noise]) + references - aside
         needed += memory.transformer_bytes(spec, tokens, batch, size)
-        needed += memory.attended_bytes(spec, aside, batch, size)
+        needed += memory.attended_bytes(spec, aside, batch, size) + self._made
         pictures = max(
             (one.values.shape[0] for side in sides for one in side.references), default=1
         )
-        alone = memory.transformer_bytes(spec, aside, pictures, size)
+        alone = memory.transformer_bytes(spec, aside, pictures, size) + self._made
         memory.require_memory(
             needed + alone if reference_kv == "every step" else max(needed, alone),
             host.available_bytes(self.device),

@@ -12,6 +12,7 @@ import comfy.latent_formats
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
+import comfy.quant_ops
 import comfy.utils
 import comfy.weight_adapter
 import folder_paths
@@ -102,6 +103,17 @@ def operations() -> Operations:
     return comfy.ops.disable_weight_init
 
 
+def stored_operations(dtype: torch.dtype) -> Operations | None:
+    """Give those that hold quantised weights as well, and make numbers of this dtype of them.
+
+    Activations stay as they are: ComfyUI's fast products of float8 would round them. None where
+    ComfyUI runs without comfy-kitchen, which holds such weights.
+    """
+    if not issubclass(comfy.quant_ops.QuantizedTensor, Tensor):
+        return None
+    return comfy.ops.mixed_precision_ops(compute_dtype=dtype, full_precision_mm=True)
+
+
 def model_devices() -> tuple[torch.device, torch.device]:
     """Where a transformer computes, and where it waits."""
     return mm.get_torch_device(), mm.unet_offload_device()
@@ -188,6 +200,9 @@ def wrap(module: nn.Module, devices: tuple[torch.device, torch.device]) -> Any:
     """Hand a module to ComfyUI's model management; returns its patcher."""
     module.eval().requires_grad_(False)
     mm.archive_model_dtypes(module)
+    held: Any = module
+    for layer in quantised_layers(module).values():  # room for its numbers beside what is stored
+        held.manual_cast_dtype = layer.weight.dtype
     # Looked up here: ComfyUI binds another class to this name when it starts with DynamicVRAM.
     return comfy.model_patcher.CoreModelPatcher(
         module, load_device=devices[0], offload_device=devices[1]
@@ -218,6 +233,15 @@ def changed(patcher: Any, parts: Sequence["LoraPart"]) -> Any:
         for group in groups:
             clone.add_patches(group, scale)
     return clone
+
+
+def quantised_layers(module: nn.Module) -> dict[str, Any]:
+    """Name the layers whose weights stay as they are stored."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(getattr(layer, "weight", None), comfy.quant_ops.QuantizedTensor)
+    }
 
 
 def _patch(part: "LoraPart") -> Any:

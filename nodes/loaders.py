@@ -19,6 +19,7 @@ _FAMILIES = [  # saved graphs hold these: new ones go to the end
     "flux2-klein-base-4b",
     "flux2-klein-base-9b",
 ]
+_WEIGHTS = [loading.AS_STORED, "plain"]
 _NANO = {"kontext": "nano-kontext", "klein": "nano-klein"}
 _NONE = "none"
 _CATEGORY = "FLUX Glassbox/loaders"
@@ -106,19 +107,34 @@ class LoadModel(io.ComfyNode):
                     "and says in the report that it guessed.",
                 ),
                 _dtype_input(),
+                io.Combo.Input(
+                    "weights",
+                    options=_WEIGHTS,
+                    default=loading.AS_STORED,
+                    optional=True,
+                    advanced=True,
+                    tooltip="as stored: float8 and NVFP4 weights stay in memory as they are, and "
+                    "numbers are made of each layer when it is used. plain: they take the memory "
+                    "of the dtype, and a step is a little faster.",
+                ),
             ],
             outputs=[ModelSocket.Output("model"), _report_output()],
         )
 
     @classmethod
     @override
-    def fingerprint_inputs(cls, file: str, family: str, dtype: str) -> object:
+    def fingerprint_inputs(
+        cls, file: str, family: str, dtype: str, weights: str = loading.AS_STORED
+    ) -> object:
         return loading.fingerprint("diffusion_models", file)
 
     @classmethod
     @override
-    def execute(cls, file: str, family: str, dtype: str) -> io.NodeOutput:
-        model = loading.load_model(host.model_path("diffusion_models", file), family, dtype)
+    def execute(
+        cls, file: str, family: str, dtype: str, weights: str = loading.AS_STORED
+    ) -> io.NodeOutput:
+        path = host.model_path("diffusion_models", file)
+        model = loading.load_model(path, family, dtype, weights)
         return io.NodeOutput(model, model.report)
 
 

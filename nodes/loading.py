@@ -22,6 +22,7 @@ from .native_handle import AnyModel, NativeModelHandle, as_model
 if TYPE_CHECKING:
     from ..flux_core.weights.files import Checkpoint
 
+AS_STORED = "as stored"
 _Handle = TypeVar("_Handle", bound=ModelHandle | TextEncodersHandle | AutoencoderHandle)
 _registry: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
 
@@ -34,8 +35,11 @@ def shared(key: Hashable, load: Callable[[], _Handle]) -> _Handle:
     return handle
 
 
-def load_model(path: Path, family: str, dtype: str) -> ModelHandle:
-    """Load a transformer; `family` "auto" is decided by its weights and its file name."""
+def load_model(path: Path, family: str, dtype: str, weights: str = AS_STORED) -> ModelHandle:
+    """Load a transformer; `family` "auto" is decided by its weights and its file name.
+
+    Quantised weights stay in memory as they are stored, or become plain.
+    """
     from ..flux_core.weights.load import load_flux
 
     def load() -> ModelHandle:
@@ -46,10 +50,11 @@ def load_model(path: Path, family: str, dtype: str) -> ModelHandle:
             dtype=chosen,
             device=host.model_devices()[1],
             operations=host.operations(),
+            stored_operations=host.stored_operations(chosen) if weights == AS_STORED else None,
         )
         return ModelHandle(network, str(report), chosen)
 
-    return shared(("model", identity([path]), family, dtype), load)
+    return shared(("model", identity([path]), family, dtype, weights), load)
 
 
 def load_autoencoder(path: Path, dtype: str) -> AutoencoderHandle:
@@ -136,7 +141,8 @@ def apply_lora(
 
     target = as_model(model)
     blocks = parse_strengths(block_strengths, target.network.spec)
-    lora = load_lora(path, target.family, target.network.spec)
+    is_native = isinstance(target, NativeModelHandle)
+    lora = load_lora(path, target.family, target.network.spec, takes_control=is_native)
     parts = lora.scaled(strength, blocks)
     report = f"{lora.report}\nstrength {strength:g}"
     if block_strengths.strip():
@@ -146,7 +152,7 @@ def apply_lora(
     if unchanged:
         report += f"\nleft as they are, at strength 0: {unchanged} weights"
     if isinstance(target, NativeModelHandle):
-        report += f"\nthe MODEL: {target.report}"
+        return target.with_lora(lora, parts), f"{report}\nthe MODEL: {target.report}"
     return target.with_changes(parts), report
 
 

@@ -31,9 +31,9 @@ def test_comfyuis_own_layers_hold_the_numbers_that_we_read() -> None:
     assert max(errors.values()) <= 1e-6, errors
 
 
-def report(comfy: "Comfy", name: str) -> str:
+def report(comfy: "Comfy", name: str, weights: str = "as stored") -> str:
     graph = Pipeline()
-    graph.model(name, "auto")
+    graph.nodes[graph.model(name, "auto")[0]]["inputs"]["weights"] = weights
     text = graph.show(graph.out("1", 1))
     return comfy.run(graph.nodes)["outputs"][text]["text"][0]
 
@@ -46,7 +46,8 @@ def test_a_gguf_file_is_listed_here_alone_and_makes_a_picture(tiny_comfy: "Comfy
     name = "quantised/kontext-Q8_0.gguf"
     said = report(tiny_comfy, name)
     count = sum(entry[0] == 8 for entry in entries.values())
-    assert f"dequantised from Q8_0 to float32: {count} tensors" in said
+    why = "since only float8 and nvfp4 can be kept as stored"
+    assert f"dequantised from Q8_0 to float32, {why}: {count} tensors" in said
     assert "Kontext" in said
     (picture,) = tiny_comfy.images(tiny_comfy.run(edit(model=name).nodes))
     assert picture
@@ -64,12 +65,15 @@ def test_scaled_float8_and_nvfp4_files_load_and_a_broken_one_says_why(
     state = tiny.transformer_state(seed=1)
     stored, metadata, _ = scaled_float8(state, "metadata")
     write(folder / "fp8-kontext.safetensors", stored, metadata)
-    assert "dequantised from scaled float8_e4m3fn to float32" in report(
-        tiny_comfy, "fp8-kontext.safetensors"
+    assert "kept as scaled float8_e4m3fn" in report(tiny_comfy, "fp8-kontext.safetensors")
+    assert "dequantised from scaled float8_e4m3fn to float32: " in report(
+        tiny_comfy, "fp8-kontext.safetensors", "plain"
     )
     stored, metadata, _ = nvfp4(state)
     write(folder / "nvfp4-kontext.safetensors", stored, metadata)
-    assert "dequantised from nvfp4 to float32" in report(tiny_comfy, "nvfp4-kontext.safetensors")
+    name = "nvfp4-kontext.safetensors"
+    assert "kept as nvfp4" in report(tiny_comfy, name)
+    assert "dequantised from nvfp4 to float32: " in report(tiny_comfy, name, "plain")
     layers = {
         key.removesuffix(".weight"): {"format": "int4_x"}
         for key, tensor in state.items()
