@@ -161,7 +161,7 @@ def _other_text(widths: tuple[int, int], model: _Model, name: str) -> FamilyMism
         f"{f': {whose}' if whose else ''}.",
         needed,
         "encode the prompt with this model's text encoders: in 'Encode Text (FLUX)', or from "
-        "'DualCLIPLoader' with type flux for FLUX.1, 'Load CLIP' with type flux2 for FLUX.2.",
+        "'Load CLIP (Dual)' with type flux for FLUX.1, 'Load CLIP' with type flux2 for FLUX.2.",
     )
 
 

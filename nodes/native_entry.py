@@ -53,14 +53,14 @@ _FOREIGN = (
         "an area, so the prompt holds for a part of the picture",
         "'Conditioning (Set Area)'",
     ),
-    _Foreign(("strength",), "a strength of its own", "'ConditioningSetAreaStrength'"),
+    _Foreign(("strength",), "a strength of its own", "'Conditioning (Set Area Strength)'"),
     _Foreign(
         ("start_percent", "end_percent", "clip_start_percent", "clip_end_percent"),
         "a range, so the prompt holds for a part of the steps",
         "'ConditioningSetTimestepRange'",
     ),
     _Foreign(("control", "control_apply_to_uncond"), "a ControlNet", "'Apply ControlNet'"),
-    _Foreign(("gligen",), "boxes of GLIGEN", "'GLIGENTextBoxApply'"),
+    _Foreign(("gligen",), "boxes of GLIGEN", "'Apply GLIGEN Text Box'"),
     _Foreign(
         ("hooks",),
         "hooks, so the weights change with the prompt or the step",

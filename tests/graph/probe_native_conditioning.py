@@ -75,6 +75,8 @@ class BenchConditioning(Bench):
         shape = (1, length or LENGTHS[generation], spec.context_width)
         txt = torch.randn(shape, generator=generator)
         pooled = torch.randn(1, spec.pooled_width or 64, generator=generator)
+        if generation == "FLUX.2":  # as ComfyUI's text encoders of FLUX.2 leave it
+            pooled = None
         inside: Answer = {"pooled_output": pooled, **settings}
         if not spec.pooled_width:
             inside["attention_mask"] = torch.ones(txt.shape[:2], dtype=torch.long)

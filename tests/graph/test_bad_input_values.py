@@ -352,9 +352,11 @@ def test_a_choice_that_does_not_exist_is_refused(tiny_comfy: "Comfy") -> None:
     invalid(tiny_comfy, graph, "GlassboxReferenceConditioner", kind, "placement")
 
 
-def test_a_latent_is_no_noise(tiny_comfy: "Comfy") -> None:
+def test_a_latent_is_no_noise_to_a_sampler(tiny_comfy: "Comfy") -> None:
     graph = Pipeline()
-    model = graph.model()
+    model, autoencoder = graph.model(), graph.autoencoder()
     latent = graph.out(graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=1))
-    graph.show(graph.sigmas(model, latent))
-    invalid(tiny_comfy, graph, "GlassboxSchedule", "return_type_mismatch", "noise")
+    conditioning = graph.conditioning(graph.text(graph.encoders()))
+    made = graph.sample(model, conditioning, latent, graph.sigmas(model, latent))
+    graph.save(graph.decode(autoencoder, made))
+    invalid(tiny_comfy, graph, "GlassboxSampleGuided", "return_type_mismatch", "noise")
