@@ -35,10 +35,14 @@ PROMPT = "make the circle red"
 HEAD = 128  # rows of one head of the tiny language models
 
 
-def test_comfyuis_own_layers_hold_the_numbers_that_we_read() -> None:
-    errors = run_probe("probe_text_quantised")
+def test_comfyuis_own_layers_and_clip_compute_with_the_numbers_that_we_read() -> None:
+    answer = run_probe("probe_text_quantised")
+    errors = answer["layers"]
     assert len(errors) == 8
     assert max(errors.values()) <= 1e-6, errors
+    # Its CLIP, which keeps the weights small, in Encode Text: the way out that refusals name.
+    assert answer["features"]["apart"] <= 1e-6, answer
+    assert answer["features"]["from_plain"] > 1e-2
 
 
 def is_matrix(key: str, tensor: Tensor) -> bool:
