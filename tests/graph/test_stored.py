@@ -67,6 +67,7 @@ def test_a_lora_is_added_exactly_and_leaves_the_model_as_it_was(forms: Json) -> 
         assert one["loras"] <= 1e-6, name
         assert one["lora differs"] > 0.01, name
         assert one["identities"] == 3, name
+        assert one["shared"], name
 
 
 def test_room_is_asked_for_the_numbers_of_the_largest_layer(forms: Json) -> None:
