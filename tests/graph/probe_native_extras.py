@@ -48,18 +48,6 @@ class Extras(Bench):
         self.cache_nodes = nodes_easycache
         self.control_net = make_control_net(scratch)
 
-    def conditioning(self, generation: str, count: int, placement: str, seed: int = 0) -> Any:
-        """As the base does, with a text that ComfyUI leaves as long as it is."""
-        import torch
-
-        made = super().conditioning(generation, count, placement, seed)
-        if generation == "FLUX.1":
-            return made
-        generator = torch.Generator().manual_seed(seed)
-        width = made.text.txt.shape[-1]
-        text = replace(made.text, txt=torch.randn(1, FULL_TEXT, width, generator=generator))
-        return replace(made, text=text)
-
     def run_native(
         self, generation: str, native: Any, *, places: Any = None, cache: Any = None
     ) -> Any:
@@ -128,10 +116,20 @@ class Extras(Bench):
                         answer["often"][key] = self.cached_places(generation, count, name)
         return answer
 
+    def with_full_text(self, generation: str, conditioning: Any) -> Any:
+        """The same with a text that ComfyUI leaves as long as it is."""
+        import torch
+
+        if generation == "FLUX.1":
+            return conditioning
+        width = conditioning.text.txt.shape[-1]
+        txt = torch.randn(1, FULL_TEXT, width, generator=torch.Generator().manual_seed(0))
+        return replace(conditioning, text=replace(conditioning.text, txt=txt))
+
     def cached_places(self, generation: str, count: int, cache: str) -> float:
         """How far our places are from the same under ComfyUI's name, with steps skipped."""
         name = {"FLUX.1": "offset", "FLUX.2": "index"}[generation]
-        placed = self.conditioning(generation, count, name)
+        placed = self.with_full_text(generation, self.conditioning(generation, count, name))
         extra = {"cache": (cache, OFTEN)}
         hooked = self.to_native(placed, NAMES[name])
         ours = self.run_native(generation, hooked, places=placed, **extra)
