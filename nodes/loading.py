@@ -141,7 +141,8 @@ def apply_lora(
 
     target = as_model(model)
     blocks = parse_strengths(block_strengths, target.network.spec)
-    lora = load_lora(path, target.family, target.network.spec)
+    is_native = isinstance(target, NativeModelHandle)
+    lora = load_lora(path, target.family, target.network.spec, takes_control=is_native)
     parts = lora.scaled(strength, blocks)
     report = f"{lora.report}\nstrength {strength:g}"
     if block_strengths.strip():
@@ -151,7 +152,7 @@ def apply_lora(
     if unchanged:
         report += f"\nleft as they are, at strength 0: {unchanged} weights"
     if isinstance(target, NativeModelHandle):
-        report += f"\nthe MODEL: {target.report}"
+        return target.with_lora(lora, parts), f"{report}\nthe MODEL: {target.report}"
     return target.with_changes(parts), report
 
 

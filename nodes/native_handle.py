@@ -19,6 +19,7 @@ from .kept import ReferenceKV, choose
 from .native_lora import native_with_changes
 
 if TYPE_CHECKING:
+    from ..flux_core.weights.lora import Lora
     from ..flux_core.weights.lora_parts import LoraPart
 
 AnyModel: TypeAlias = ModelHandle | Any  # the other is ComfyUI's ModelPatcher
@@ -43,9 +44,9 @@ class NativeModelHandle:
         """Where it computes."""
         return self.patcher.load_device
 
-    def with_changes(self, parts: Sequence["LoraPart"]) -> Any:
-        """Give a MODEL with changes on it whenever it computes; this one stays as it is."""
-        return native_with_changes(self.patcher, parts)
+    def with_lora(self, lora: "Lora", parts: Sequence["LoraPart"]) -> Any:
+        """Give a MODEL with a LoRA on it whenever it computes; this one stays as it is."""
+        return native_with_changes(self.patcher, parts, lora.norms if parts else ())
 
     def sample(
         self,

@@ -4,7 +4,7 @@ Weights are read after `check_lora` alone. Layers are matched to rows of our ten
 qkv, a split one and a block-sparse one all give exactly W + strength * (alpha / rank) * B A.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Lora:
 
     parts: tuple[LoraPart, ...]
     report: LoraReport
+    norms: tuple[tuple[str, Tensor], ...] = ()  # what takes the place of the model's own, by name
 
     def scaled(self, strength: float, blocks: BlockStrengths) -> tuple[LoraPart, ...]:
         """Give the changes at a strength; what is 0 strong is left out."""
@@ -41,13 +42,17 @@ class Lora:
         return tuple(part for part in scaled if part.scale)
 
 
-def load_lora(path: Path, family: FluxFamily, spec: TransformerSpec) -> Lora:
+def load_lora(
+    path: Path, family: FluxFamily, spec: TransformerSpec, *, takes_control: bool = False
+) -> Lora:
     """Read a LoRA that fits a transformer.
 
     Args:
         path: a .safetensors file.
         family: which model the transformer is.
         spec: its real shape.
+        takes_control: FLUX.1's Canny and Depth LoRAs are read too; their img_in has twice the
+            columns, and the model's is to get as many of zeros first.
 
     Raises:
         CheckpointError: the file is broken, is no LoRA, holds half of one, or holds values that
@@ -55,7 +60,7 @@ def load_lora(path: Path, family: FluxFamily, spec: TransformerSpec) -> Lora:
         FamilyMismatchError: it was made for another model; no weight was read.
     """
     checkpoint = open_checkpoint(path)
-    setup = check_lora(checkpoint, family, spec)
+    setup = check_lora(checkpoint, family, spec, takes_control=takes_control)
     config = read_config(checkpoint)
     read = _Reader(checkpoint, config)
     parts: list[LoraPart] = []
@@ -65,7 +70,8 @@ def load_lora(path: Path, family: FluxFamily, spec: TransformerSpec) -> Lora:
         made = list(read.parts(name, layer, target, setup))
         parts += made
         scales += [one.scale for one in made if one.key == target.key]
-    return Lora(tuple(parts), _report(checkpoint, setup, scales))
+    norms = read.tensors({key: key for key in setup.norms})
+    return Lora(tuple(parts), _report(checkpoint, setup, scales), tuple(norms.items()))
 
 
 class _Reader:
@@ -78,7 +84,7 @@ class _Reader:
         self, name: str, layer: LoraLayer, target: Target, setup: LoraSetup
     ) -> Iterable[LoraPart]:
         """Give the changes of one layer: its weight's, then its bias's."""
-        tensors = self._read(layer)
+        tensors = self.tensors({key: role for role, key in layer.keys.items()})
         scale = self._scale(name, layer, tensors)
         whole = target.rows == setup.shapes[target.key][0]
         for change, factor in self._changes(tensors, scale):
@@ -91,15 +97,14 @@ class _Reader:
                 made = bias.swapped() if target.swapped else bias
                 yield LoraPart(key, target.start, target.rows, whole, made, factor)
 
-    def _read(self, layer: LoraLayer) -> dict[str, Tensor]:
-        """Copy a layer's tensors: files of LoRAs are often written anew while they are in use.
+    def tensors(self, named: Mapping[str, str]) -> dict[str, Tensor]:
+        """Copy tensors, named anew: files of LoRAs are often written again while they are in use.
 
         Raises:
             CheckpointError: a value is not finite.
         """
-        roles = {key: role for role, key in layer.keys.items()}
         tensors: dict[str, Tensor] = {}
-        for key, tensor in self.checkpoint.stream(roles):
+        for key, tensor in self.checkpoint.stream(named):
             wide = tensor.to(torch.float32)
             wrong = int((~wide.isfinite()).sum())
             if wrong:
@@ -109,7 +114,7 @@ class _Reader:
                     "a LoRA of finite values.",
                     CHOOSE,
                 )
-            tensors[roles[key]] = wide if tensor.dtype.itemsize == 1 else tensor.clone()
+            tensors[named[key]] = wide if tensor.dtype.itemsize == 1 else tensor.clone()
         return tensors
 
     def _changes(self, tensors: dict[str, Tensor], scale: float) -> Iterable[tuple[Change, float]]:
@@ -165,8 +170,11 @@ def _report(checkpoint: Checkpoint, setup: LoraSetup, scales: list[float]) -> Lo
         ranks=tuple(sorted(ranks - {0})),
         scales=tuple(sorted({float(f"{one:.6g}") for one in scales})),
         layers=len(setup.matched),
-        matched=tuple(key for name in setup.matched for key in names.layers[name].keys.values()),
+        matched=(
+            *(key for name in setup.matched for key in names.layers[name].keys.values()),
+            *setup.norms,
+        ),
         absent=tuple(key for name in setup.absent for key in names.layers[name].keys.values()),
         text=names.text,
-        unknown=names.unknown,
+        unknown=tuple(key for key in names.unknown if key not in setup.norms),
     )

@@ -25,6 +25,9 @@ _NATIVE = (
     "choose another file in 'Apply LoRA (FLUX)', or apply this one with ComfyUI's own 'Load LoRA' "
     "to a native MODEL."
 )
+_CONTROL = "FLUX.1's Canny or Depth LoRA"
+_CONTROL_CHANNELS = 2 * FLUX1_DEV.transformer.in_channels  # the noisy picture's, and the other's
+_NORM = "_norm.scale"
 # Which tensors need which beside them.
 _WHOLE: tuple[tuple[Role, tuple[Role, ...]], ...] = (
     ("down", ("up",)),
@@ -50,18 +53,34 @@ class LoraSetup:
     shapes: Shapes  # of the transformer's tensors
     matched: dict[str, Target]  # by plain name
     absent: tuple[str, ...]  # plain names of layers that this model does without
+    norms: tuple[str, ...]  # keys of norms that take the place of the transformer's
 
 
-def check_lora(checkpoint: Checkpoint, family: FluxFamily, spec: TransformerSpec) -> LoraSetup:
+def check_lora(
+    checkpoint: Checkpoint,
+    family: FluxFamily,
+    spec: TransformerSpec,
+    *,
+    takes_control: bool = False,
+) -> LoraSetup:
     """Match a LoRA's layers to a transformer.
+
+    Args:
+        checkpoint: the LoRA's file.
+        family: which model the transformer is.
+        spec: its real shape.
+        takes_control: its input may become as wide as FLUX.1's Canny and Depth LoRAs need it.
 
     Raises:
         CheckpointError: it is no LoRA, of a kind that is not computed here, half or malformed.
         FamilyMismatchError: it was made for another model.
     """
     names = sort_names(checkpoint.shapes)
-    _check_kind(checkpoint, names)
+    norms = _control_norms(checkpoint, names) if takes_control else ()
+    _check_kind(checkpoint, names, norms)
     title = lora_title(checkpoint.shapes)
+    if norms:
+        title, spec = _CONTROL, replace(spec, in_channels=_CONTROL_CHANNELS)
     shapes = _shapes(family, spec)
     known = targets_of(shapes)
     # A layer that only a variant with guidance has is left out; any other tells another model.
@@ -76,6 +95,11 @@ def check_lora(checkpoint: Checkpoint, family: FluxFamily, spec: TransformerSpec
         if not _agrees(size := names.layers[name].size(checkpoint.shapes), target)
     ]
     wrong += [f"this model has no {shorten(names.layers[name].name)}" for name in strangers]
+    wrong += [
+        f"this model has no {shorten(key)} of {_by(checkpoint.shapes[key])}"
+        for key in norms
+        if shapes.get(key) != checkpoint.shapes[key]
+    ]
     if wrong:
         raise _another_model(checkpoint, title, wrong, family, spec)
     for name, target in matched.items():
@@ -89,11 +113,19 @@ def check_lora(checkpoint: Checkpoint, family: FluxFamily, spec: TransformerSpec
     absent = tuple(name for name in names.layers if name in optional)
     if "another size" in title or title == "a LoRA":
         title = f"a LoRA for {_title(family, spec)}"
-    return LoraSetup(title, names, shapes, matched, absent)
+    return LoraSetup(title, names, shapes, matched, absent, norms)
 
 
-def _check_kind(checkpoint: Checkpoint, names: LoraNames) -> None:
-    """Refuse what is no LoRA of this kind, by its name."""
+def _control_norms(checkpoint: Checkpoint, names: LoraNames) -> tuple[str, ...]:
+    """List the norms of FLUX.1's Canny or Depth LoRA; none of any other file."""
+    inputs = names.layers["img_in"].size(checkpoint.shapes)[1] if "img_in" in names.layers else 0
+    if inputs != _CONTROL_CHANNELS:
+        return ()
+    return tuple(key for key in names.unknown if key.endswith(_NORM))
+
+
+def _check_kind(checkpoint: Checkpoint, names: LoraNames, taken: tuple[str, ...]) -> None:
+    """Refuse what is no LoRA of this kind, by its name; norms may be taken with it."""
     file = checkpoint.path.name
     if not names.layers:
         others = [kind for kind in (*TRANSFORMERS, *PARTS) if kind != LORA]
@@ -106,17 +138,16 @@ def _check_kind(checkpoint: Checkpoint, names: LoraNames) -> None:
             "a LoRA of a FLUX.1 or FLUX.2 transformer.",
             CHOOSE if kind is None else kind.fix,
         )
-    inputs = names.layers["img_in"].size(checkpoint.shapes)[1] if "img_in" in names.layers else 0
-    norms = [key for key in names.unknown if key.endswith("_norm.scale")]
-    if norms and inputs == 2 * FLUX1_DEV.transformer.in_channels:
+    norms = [key for key in names.unknown if key.endswith(_NORM)]
+    if not taken and _control_norms(checkpoint, names):
         raise CheckpointError(
-            f"{file} is FLUX.1's Canny or Depth LoRA: it makes the model take {inputs} channels a "
+            f"{file} is {_CONTROL}: it makes the model take {_CONTROL_CHANNELS} channels a "
             "token, half of them a control picture's.",
             "a LoRA that leaves the model's inputs as they are.",
-            "use it with ComfyUI's own 'Load LoRA' and 'InstructPixToPixConditioning' on a native "
-            "FLUX.1 [dev].",
+            "wire ComfyUI's own MODEL of FLUX.1 [dev] to 'Apply LoRA (FLUX)', and use its output "
+            "'native' with 'InstructPixToPixConditioning' and KSampler.",
         )
-    if norms:
+    if norms and not taken:
         raise CheckpointError(
             f"{file} replaces {len(norms)} norms, first '{shorten(norms[0])}'.",
             "a LoRA that adds to linear layers.",

@@ -32,7 +32,7 @@ def main() -> None:
         answer: Answer = {"formats": bench.all_formats(), "stacked": bench.stacked()}
         answer |= {one: bench.in_turn(one) for one in bench.natives}
         answer["quantised"] = bench.quantised() | {"own class": bench.own_class()}
-        answer |= bench.refused() | {"taken": bench.taken()}
+        answer |= bench.refused() | {"taken": bench.taken(), "control": bench.control()}
     print(json.dumps(answer))
 
 
@@ -253,7 +253,6 @@ class LoraBench(BenchIn):
         answer = {name: self._refused(**one) for name, one in uses.items()}
         files.Checkpoint.stream = stream
         answer["compiled"] = self._beside_compiled(native)
-        answer |= self._with_control(native)
         return {"refused": answer, "reads": len(reads)}
 
     def _refused(self, generation: str, model: Any, dropped: str | None, blocks: str) -> Answer:
@@ -280,19 +279,57 @@ class LoraBench(BenchIn):
         assert native.model.diffusion_model.img_in is layer
         return answer
 
-    def _with_control(self, native: Any) -> dict[str, Answer]:
-        """ComfyUI's loader has put a Canny LoRA on, which doubles the input's channels."""
-        maker = self.loras.Maker()
-        maker.pair("img_in", (256, 128), "img_in", self.loras.AB)
-        maker.file["single_blocks.0.norm.key_norm.scale"] = maker.draw(128)
+    def control(self) -> Answer:
+        """FLUX.1's Canny LoRA: the input twice as wide, biases, and norms that are replaced."""
+        import torch
+
+        from glassbox.tests.core.test_lora import with_deltas
+
+        native, state = self.natives["FLUX.1"], self.state("FLUX.1")
+        before, maker = self.weights(native), self.loras.Maker()
+        for layer, (outputs, inputs) in self.loras.linear(state).items():
+            maker.pair(layer, (outputs, 128 if layer == "img_in" else inputs), layer, self.loras.AB)
+            maker.file[f"{layer}.lora_B.bias"] = maker.draw(outputs)
+        norms = {key: maker.draw(len(one)) for key, one in state.items() if key.endswith(".scale")}
+        maker.file |= norms
         maker.write(self.scratch)
-        control = self.natively(native)
+        wide = torch.nn.functional.pad(state["img_in.weight"], (0, 64))
+        expected = with_deltas({**state, "img_in.weight": wide}, maker.deltas)
+        for key in maker.deltas:
+            bias = maker.file[f"{key}.lora_B.bias"].double()
+            expected[f"{key}.bias"] = expected[f"{key}.bias"] + STRENGTH * bias
+        expected |= {key.replace(".scale", ".weight"): one for key, one in norms.items()}
+        made = self.weights(changed := self.apply(native))
+        answer: Answer = {
+            "furthest": _furthest(made, expected),
+            "norms": sum(key.replace(".scale", ".weight") in made for key in norms),
+            "from native": _furthest(made, self.weights(theirs := self.natively(native))),
+            "restored": _same(before, self.weights(native)),
+            "at 0": self.apply(native, 0.0).patches,
+        }
         conditioning = self.conditioning("FLUX.1", 1, "as wired")
-        before = time.perf_counter()
-        sampled = _message(lambda: self.guided_by(control, conditioning))
-        answer = {"sampled": {"said": sampled, "seconds": time.perf_counter() - before}}
-        answer["itself"] = {"said": _message(lambda: self.apply(native)), "seconds": 0.0}
-        return answer | {"behind control": self._refused("FLUX.1", control, None, "")}
+        alone = self.conditioning("FLUX.1", 0, "offset")  # references are not as wide
+        side = self.run("ToConditioning", conditioning=alone)[0]
+        picture = {"concat_latent_image": maker.draw(2, 16, 8, 12)}
+        side = [[text, {**given, **picture}] for text, given in side]
+        settings = (11, 3, 1.0, "euler", "simple", side, side, self.empty("FLUX.1"))
+        sampler = self.native_nodes.KSampler()
+        ours, natively, plain = (
+            sampler.sample(model, *settings)[0]["samples"] for model in (changed, theirs, native)
+        )
+        answer["sampled alike"] = torch.equal(ours, natively)
+        answer["sampled apart"] = float((ours - plain).abs().max())
+        said = {
+            name: _message(lambda model=model: self.guided_by(model, conditioning))
+            for name, model in (("sampled", changed), ("sampled from native", theirs))
+        }
+        said["our own"] = _message(
+            lambda: self.run("ApplyLoRA", model=self.ours["FLUX.1"], file=FILE, strength=1.0)
+        )
+        said["twice"] = _message(lambda: self.apply(changed))
+        said["other"] = _message(lambda: self.apply(self.natives["FLUX.2"]))
+        said["behind"] = self._refused("FLUX.1", theirs, None, "")["said"]
+        return answer | {"said": said}
 
     def taken(self) -> list[str]:
         """What only ComfyUI's samplers call stays on a MODEL, for them."""

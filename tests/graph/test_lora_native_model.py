@@ -118,9 +118,6 @@ def test_what_only_comfyuis_samplers_call_stays_on_the_model(seen: Json) -> None
         ("forward", ("SettingError: Another node has replaced the network's code",)),
         ("fill", ("SettingError: The MODEL takes 384 channels a token",)),
         ("compiled", ("SettingError: The MODEL's network has no 'img_in.weight'", "unload")),
-        ("itself", ("CheckpointError", "Canny or Depth LoRA", "'InstructPixToPixConditioning'")),
-        ("sampled", ("SettingError: A LoRA on the MODEL makes its 'img_in.weight' 256x128",)),
-        ("behind control", ("SettingError: A LoRA on the MODEL", "'img_in.weight' larger")),
         ("sdxl", ("FamilyMismatchError: The MODEL is SDXL", "FLUX.1 or FLUX.2")),
     ],
 )
@@ -130,6 +127,36 @@ def test_what_does_not_fit_is_refused_by_name_within_a_second(
     found = seen["refused"][use]
     assert all(word in found["said"] for word in words), found["said"]
     assert found["seconds"] < 1.0
+
+
+def test_a_control_lora_widens_a_native_model_and_replaces_its_norms(seen: Json) -> None:
+    """As ComfyUI's own loader does it; at strength 0 nothing is put on."""
+    found = seen["control"]
+    assert found["furthest"] <= 1e-6
+    assert found["norms"] == 16
+    assert found["from native"] == 0.0
+    assert found["restored"]
+    assert found["sampled alike"]
+    assert found["sampled apart"] > 0.1
+    assert found["at 0"] == {}
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        ("sampled", ("SettingError: A LoRA on the MODEL makes its 'img_in.weight' 256x128",)),
+        ("sampled from native", ("SettingError: A LoRA on the MODEL makes its 'img_in.weight'",)),
+        ("behind", ("SettingError: A LoRA on the MODEL", "'img_in.weight' larger")),
+        ("twice", ("SettingError: A LoRA on the MODEL", "'img_in.weight' larger")),
+        ("our own", ("CheckpointError", "Canny or Depth LoRA", "ComfyUI's own MODEL of FLUX.1")),
+        ("other", ("FamilyMismatchError", "Canny or Depth LoRA", "FLUX.2 [klein] base 4B")),
+    ],
+)
+def test_a_control_lora_is_refused_by_name_where_its_picture_has_no_input(
+    use: str, words: tuple[str, ...], seen: Json
+) -> None:
+    said = seen["control"]["said"][use]
+    assert all(word in said for word in words), said
 
 
 def test_no_weight_of_a_refused_lora_is_read(seen: Json) -> None:
