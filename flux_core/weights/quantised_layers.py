@@ -38,12 +38,15 @@ _LONGEST_SAID = 4096  # bytes of what one layer says of its format
 _Parts = Mapping[str, str]  # ending → key in the file
 
 
-def open_plain(path: Path, *, others: tuple[str, ...] = _OTHER_PARTS) -> Checkpoint:
+def open_plain(
+    path: Path, *, others: tuple[str, ...] = _OTHER_PARTS, unscaled: tuple[str, ...] = ()
+) -> Checkpoint:
     """Open a file as `open_checkpoint` does, and show quantised weights as what they stand for.
 
     Args:
         path: as there.
         others: prefixes of the parts of a whole checkpoint that are left alone.
+        unscaled: endings of weights whose scale is 1 where a file that calls them float8 has none.
 
     Raises:
         CheckpointError: as there; or a format is not known, or a scale is missing or misshapen.
@@ -67,7 +70,7 @@ def open_plain(path: Path, *, others: tuple[str, ...] = _OTHER_PARTS) -> Checkpo
     quantised: dict[str, Quantised] = {}
     for layer in said.keys() | layers.keys():
         parts, weight = layers.get(layer, {}), layer + ".weight"
-        found = _quantised(checkpoint, weight, parts, said.get(layer))
+        found = _quantised(checkpoint, weight, parts, said.get(layer), unscaled)
         if found is not None:
             _check_all_used(checkpoint, weight, parts, found)
             quantised[weight] = found
@@ -132,7 +135,11 @@ def _format(checkpoint: Checkpoint, settings: object) -> str:
 
 
 def _quantised(
-    checkpoint: Checkpoint, weight: str, parts: _Parts, said: str | None
+    checkpoint: Checkpoint,
+    weight: str,
+    parts: _Parts,
+    said: str | None,
+    unscaled: tuple[str, ...],
 ) -> Quantised | None:
     """Tell how a weight is stored; None when it is stored as it is."""
     dtype = checkpoint.dtypes[weight]
@@ -151,6 +158,8 @@ def _quantised(
             f"stores '{shorten(weight)}' as {dtype_name(dtype)} and calls it "
             f"{said or 'scaled float8'}",
         )
+    if scale is None and said != "nvfp4" and weight.endswith(unscaled):
+        return None
     if scale is None:
         raise _lacks(checkpoint, weight, _SCALES[0])
     if said == "nvfp4":

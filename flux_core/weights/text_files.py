@@ -15,6 +15,8 @@ WAY_OUT = (
     "made for, such as ComfyUI's own, and wire that one's CLIP to 'Encode Text (FLUX)'."
 )
 _READ = "float32, bfloat16, float16, float8, NVFP4 as ComfyUI writes it, or GGUF."
+# Of tokens: ComfyUI 0.30.0 comfy/ops.py MixedPrecisionOps.Embedding takes them without a scale.
+_TABLES = ("embed_tokens.weight", "shared.weight", "token_embedding.weight")
 _OTHER_PARTS = ("model.diffusion_model.", "first_stage_model.", "vae.")  # of a whole checkpoint
 
 
@@ -26,7 +28,7 @@ def open_text(path: Path) -> Checkpoint:
         FamilyMismatchError: it is a GGUF file of another architecture.
     """
     try:
-        checkpoint = open_plain(path, others=_OTHER_PARTS)
+        checkpoint = open_plain(path, others=_OTHER_PARTS, unscaled=_TABLES)
     except CheckpointError as error:
         if error.fix != PLAIN_FILE:
             raise

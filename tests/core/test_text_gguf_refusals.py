@@ -24,6 +24,8 @@ from glassbox.tests.parity import text_samples
 from glassbox.tests.parity.text_language_samples import LanguageKit
 from glassbox.tests.parity.text_samples import Kit
 
+EMPTY = (0, (2,), bytes(8))
+
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> LanguageKit:
@@ -68,6 +70,14 @@ def test_another_architecture_is_named(
     assert "'Load Text Encoders (FLUX)'" in wrong.value.fix
 
 
+def test_the_picture_half_of_a_language_model_is_named(kit: Kit, tmp_path: Path) -> None:
+    entries = dict.fromkeys(("v.blk.0.attn_q.weight", "mm.0.weight", "v.patch_embd.weight"), EMPTY)
+    file = gguf_file(tmp_path / "mmproj.gguf", entries, said("general.architecture", "clip"))
+    clip = text_samples.save(kit.clip, tmp_path / "clip.safetensors")
+    with pytest.raises(FamilyMismatchError, match=r"the picture half \(mmproj\)"):
+        kit.load(file, clip)
+
+
 def test_a_mistral_with_stretched_places_is_another_model(
     mistral: LanguageKit, tmp_path: Path
 ) -> None:
@@ -75,9 +85,6 @@ def test_a_mistral_with_stretched_places_is_another_model(
     file, _ = language_file(mistral, "mistral3", "F32", tmp_path / "a.gguf", stretched)
     with pytest.raises(FamilyMismatchError, match="Ministral 3, Devstral 2"):
         mistral.load(file)
-
-
-EMPTY = (0, (2,), bytes(8))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glassbox.flux_core.errors import CheckpointError
 from glassbox.flux_core.text.encoders import LanguageModelEncoder
 from glassbox.flux_core.weights.text_files import open_text
 from glassbox.tests.core.checkpoints import write
@@ -131,6 +132,23 @@ def test_the_report_says_what_was_dequantised_and_what_it_costs(
     assert first.endswith("bfloat16")
     assert line.startswith(f"dequantised from nvfp4 to bfloat16: {len(read)} tensors, ")
     assert f"{sum(plain[key].numel() for key in read) * 2 / 1e9:.2f} GB in memory" in line
+
+
+def test_a_float8_table_of_tokens_may_have_no_scale(
+    kits: dict[str, LanguageKit], tmp_path: Path
+) -> None:
+    """ComfyUI's layer for it takes 1 then, and no other layer does."""
+    kit = kits["qwen"]
+    stored = scaled_float8(
+        {"model." + key: one for key, one in kit.state.items()}, "layers", chosen=is_matrix
+    )[0]
+    del stored["model.embed_tokens.weight_scale"]
+    encoder = kit.load(write(tmp_path / "a.safetensors", stored), dtype=torch.float32)
+    table = encoder.modules[0].state_dict()["embed_tokens.weight"]
+    assert torch.equal(table, stored["model.embed_tokens.weight"].float())
+    del stored["model.layers.0.mlp.up_proj.weight_scale"]
+    with pytest.raises(CheckpointError, match="no scale for its quantised"):
+        kit.load(write(tmp_path / "b.safetensors", stored))
 
 
 def test_of_a_whole_checkpoint_the_transformer_may_be_quantised_as_it_likes(
