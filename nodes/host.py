@@ -177,9 +177,11 @@ def latent_samples(latent: Any) -> Tensor:
             "a latent without one.",
             "take 'Set Latent Noise Mask' or 'VAE Encode (for Inpainting)' off this wire.",
         )
-    if latent.get("type") is not None:
+    nested = not isinstance(latent["samples"], Tensor)
+    if latent.get("type") is not None or nested:
+        several = "several at once, as videos with sound have them"
         raise SettingError(
-            f"The latent is of type '{latent['type']}'.",
+            f"The latent is {several if nested else 'of type ' + repr(latent['type'])}.",
             "the latent of a picture.",
             "encode a picture with FLUX's autoencoder.",
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import FamilyMismatchError, ShapeError
 from ..families import FAMILIES
 from ..operations import Operations
-from ..specs import FluxFamily, TransformerSpec
+from ..specs import FluxFamily, LatentSpec, TransformerSpec
 from ..tokens.ids import text_ids
 from ..types import Ids, Sigmas, TokenValues
 from ..values import Conditioning, Tokens
@@ -248,7 +248,7 @@ def check_conditioning(
                 f"Reference {number} holds {tokens.latent.name} tokens.",
                 f"{family.latent.name} tokens for {family.title}.",
                 "encode it with that family's autoencoder, from 'Load Autoencoder (FLUX)' or the "
-                "same 'Load Nano (FLUX)'.",
+                f"same 'Load Nano (FLUX)'{_told_by_name(tokens.latent, family.latent)}.",
             )
     for name, size in named:
         if size not in (1, batch):
@@ -257,6 +257,16 @@ def check_conditioning(
                 "a batch of 1, or the same batch as the noise.",
                 "set batch_size on 'Noise (FLUX)', or hand over one picture.",
             )
+
+
+def _told_by_name(found: LatentSpec, needed: LatentSpec) -> str:
+    """Say how a LATENT gets its name where its channels fit both."""
+    if found.channels != needed.channels:
+        return ""
+    return (
+        "; a LATENT of it goes through 'Pack Latent (FLUX)' with latent_format "
+        f"'{needed.name}', because its channels do not tell the two apart"
+    )
 
 
 def _same_references(conditioning: Conditioning) -> tuple[object, ...]:

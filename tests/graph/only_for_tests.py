@@ -6,7 +6,9 @@ They make what ComfyUI's own loaders cannot make small, and use nothing of the p
 
 from typing import Any
 
+import comfy.model_patcher
 import comfy.nested_tensor
+import comfy.supported_models
 import torch
 
 
@@ -82,6 +84,30 @@ class Model:
         return float("nan")
 
 
+class OtherModel:
+    """SDXL, made tiny: its loader takes the published sizes alone."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "for tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {"required": {}}
+
+    def make(self) -> tuple[Any]:
+        """Build ComfyUI's own classes."""
+        channels = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "context_dim": 64}
+        depths = {"transformer_depth": [1], "transformer_depth_output": [1, 1]}
+        others = {"image_size": 32, "num_res_blocks": [1], "channel_mult": (1,), "num_heads": 1}
+        kinds = {"num_classes": "sequential", "use_spatial_transformer": True, "legacy": False}
+        sizes = {**channels, **depths, **others, **kinds}
+        sizes |= {"transformer_depth_middle": 0, "adm_in_channels": 64}
+        config = comfy.supported_models.SDXL(sizes)
+        config.set_inference_dtype(torch.float32, None)
+        here = torch.device("cpu")
+        patcher = comfy.model_patcher.CoreModelPatcher
+        return (patcher(config.get_model({}), load_device=here, offload_device=here),)
+
+
 def _forward(*_: Any, **__: Any) -> Any:
     raise RuntimeError("this forward is there to be refused")
 
@@ -90,4 +116,5 @@ NODE_CLASS_MAPPINGS = {
     "ForTestsText": Text,
     "ForTestsLatent": Latent,
     "ForTestsModel": Model,
+    "ForTestsOtherModel": OtherModel,
 }
