@@ -6,6 +6,7 @@ loader fixes, and are bfloat16 as some published ones are.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from glassbox.flux_core.families import (
     FLUX2_KLEIN_4B,
     QWEN3_4B,
 )
+from glassbox.flux_core.specs import TransformerSpec
 from glassbox.flux_core.text.modules import LanguageModelShape
 from glassbox.tests.core.quantised_files import scaled_float8
 from glassbox.tests.graph import tiny, tiny_flux2
@@ -28,6 +30,7 @@ KONTEXT_FILE = "flux1-kontext-dev.safetensors"
 CLIP_FILE, T5_FILE = "clip_l.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors"
 STYLED_CLIP_FILE = "clip_l_styled.safetensors"
 LORA_FILES = {"FLUX.1": "style-kontext.safetensors", "FLUX.2": "style-klein.safetensors"}
+CONTROL_FILE = "control.safetensors"
 CLIP_KEY = "text_model.encoder.layers.0.mlp.fc1"
 CLIP_STRENGTH = 0.5
 QWEN_LAYERS = 28  # one more than FLUX.2 reads, as ComfyUI's class wants
@@ -36,10 +39,11 @@ State = dict[str, Tensor]
 
 def make_native_files(models: Path, inputs: Path) -> None:
     """Write every file into ComfyUI's folders, and a small photograph."""
-    for name in ("diffusion_models", "text_encoders", "vae", "loras"):
+    for name in ("diffusion_models", "text_encoders", "vae", "loras", "controlnet"):
         (models / name).mkdir(parents=True, exist_ok=True)
     _transformers(models / "diffusion_models", models / "loras")
     _text_encoders(models / "text_encoders", models / "loras")
+    tiny.save(control_net_state(tiny.TRANSFORMER), models / "controlnet" / CONTROL_FILE)
     autoencoders = {
         "ae.safetensors": tiny.autoencoder_state(FLUX1_AUTOENCODER),
         tiny_flux2.AUTOENCODER_FILE: tiny_flux2.autoencoder_state(FLUX2_AUTOENCODER),
@@ -113,3 +117,20 @@ def qwen_state() -> State:
         norm_eps=QWEN3_4B.norm_eps,
     )
     return tiny.random_state(shape.shapes(), "model.", seed=4)
+
+
+def control_net_state(spec: TransformerSpec) -> State:
+    """Random weights of a FLUX.1 ControlNet in XLabs' names, of a model's widths."""
+    spec = replace(spec, double_blocks=2, single_blocks=1)
+    state = tiny.transformer_state(spec, seed=8)
+    state = {key: one for key, one in state.items() if not key.startswith("final_layer.")}
+    sizes: dict[str, tuple[int, ...]] = {"pos_embed_input": (spec.hidden, spec.in_channels)}
+    for name in ("blocks.0", "blocks.1", "single_blocks.0"):
+        sizes[f"controlnet_{name}"] = (spec.hidden, spec.hidden)
+    for number, (inputs, outputs) in enumerate(pairwise((3, *[16] * 8))):
+        sizes[f"input_hint_block.{2 * number}"] = (outputs, inputs, 3, 3)
+    generator = torch.Generator().manual_seed(9)
+    for name, size in sizes.items():
+        state[f"{name}.weight"] = 0.05 * torch.randn(size, generator=generator)
+        state[f"{name}.bias"] = 0.05 * torch.randn(size[0], generator=generator)
+    return state

@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -161,31 +160,12 @@ def apart(one: Any, other: Any) -> float:
 def make_control_net(folder: Path) -> Any:
     """A random FLUX.1 ControlNet of the nano model's widths, from a file by ComfyUI's loader."""
     import comfy.controlnet
-    import torch
 
     from glassbox.flux_core.families import NANO_KONTEXT
     from glassbox.tests.graph import tiny
+    from glassbox.tests.graph.native_files import control_net_state
 
-    spec = replace(NANO_KONTEXT.transformer, double_blocks=2, single_blocks=1)
-    state = tiny.transformer_state(spec, seed=8)
-    state = {key: one for key, one in state.items() if not key.startswith("final_layer.")}
-    generator = torch.Generator().manual_seed(9)
-
-    def draw(*shape: int) -> Any:
-        return 0.05 * torch.randn(shape, generator=generator)
-
-    blocks = [f"controlnet_blocks.{number}" for number in range(spec.double_blocks)]
-    for name in (*blocks, "controlnet_single_blocks.0"):
-        state |= {
-            f"{name}.weight": draw(spec.hidden, spec.hidden),
-            f"{name}.bias": draw(spec.hidden),
-        }
-    state["pos_embed_input.weight"] = draw(spec.hidden, 64)
-    state["pos_embed_input.bias"] = draw(spec.hidden)
-    channels = [3, *[16] * 8]
-    for number, (inputs, outputs) in enumerate(pairwise(channels)):
-        name = f"input_hint_block.{2 * number}"
-        state |= {f"{name}.weight": draw(outputs, inputs, 3, 3), f"{name}.bias": draw(outputs)}
+    state = control_net_state(NANO_KONTEXT.transformer)
     return comfy.controlnet.load_controlnet(str(tiny.save(state, folder / "control.safetensors")))
 
 

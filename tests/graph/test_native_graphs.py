@@ -166,9 +166,26 @@ class Everything(Pipeline):
         self.save(self.decode(self.vae, sampled))
         return self
 
-    def in_ksampler(self) -> "Everything":
-        """In ComfyUI's sampler, its LATENT decoded by our node."""
+    def controlled(self, conditioning: Link, strength: float) -> Link:
+        """A tiny ControlNet on it, as people put one there."""
+        net = self.add("ControlNetLoader", control_net_name=native_files.CONTROL_FILE)
+        sides = {"positive": conditioning, "negative": conditioning, "control_net": self.out(net)}
+        hint = self.picture(64, 64, color=0x20A0F0)
+        window = {"strength": strength, "start_percent": 0.0, "end_percent": 1.0}
+        return self.out(self.add("ControlNetApplyAdvanced", **sides, image=hint, **window))
+
+    def cached(self, kind: str, threshold: float) -> "Everything":
+        """With a step cache of ComfyUI's own on the MODEL."""
+        window = {"start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+        wires = {"model": self.model_, "reuse_threshold": threshold}
+        self.model_ = self.out(self.add(kind, **wires, **window))
+        return self
+
+    def in_ksampler(self, strength: float | None = None) -> "Everything":
+        """In ComfyUI's sampler, its LATENT decoded by our node; with a ControlNet if asked for."""
         conditioning = self.out(self.add("GlassboxToConditioning", conditioning=self.wired))
+        if strength is not None:
+            conditioning = self.controlled(conditioning, strength)
         wires = {"model": self.model_, "conditioning": self.wired}
         placed = self.out(self.add("GlassboxApplyToModel", **wires))
         guider = self.add("BasicGuider", model=placed, conditioning=conditioning)
@@ -200,3 +217,18 @@ def test_all_native_parts_together_make_the_picture_of_our_loaders(
         if node["class_type"] == "GlassboxApplyLoRA":
             node["inputs"]["strength"] = 0.0
     assert furthest(made[0], picture(server, plain.guided().nodes)) > 10
+
+
+def test_a_control_net_and_step_caches_run_beside_our_references(server: "Comfy") -> None:
+    """FLUX.1 in ComfyUI's sampler: without effect they change nothing, with effect the picture."""
+    plain = picture(server, Everything("FLUX.1", is_native=True).in_ksampler().nodes)
+    for kind in ("EasyCache", "LazyCache"):
+        idle = Everything("FLUX.1", is_native=True).cached(kind, 0.0).in_ksampler(0.0)
+        assert furthest(plain, picture(server, idle.nodes)) == 0
+        both = Everything("FLUX.1", is_native=True).cached(kind, 0.0).in_ksampler(0.7)
+        alone = Everything("FLUX.1", is_native=True).in_ksampler(0.7)
+        controlled = picture(server, alone.nodes)
+        assert furthest(controlled, picture(server, both.nodes)) == 0
+        assert furthest(plain, controlled) > 1
+        skipping = Everything("FLUX.1", is_native=True).cached(kind, 3.0).in_ksampler(0.7)
+        assert furthest(controlled, picture(server, skipping.nodes)) > 1
