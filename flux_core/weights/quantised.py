@@ -80,7 +80,9 @@ def _largest(stored: Tensor, scales: Sequence[Tensor]) -> Tensor:
         largest = torch.tensor(_FP4[-1])
     else:
         # Without the sign, bytes of float8 are in the order of their numbers, and NaN comes last.
-        largest = (stored.view(torch.uint8) & 127).max().view(stored.dtype).to(torch.float32)
+        # The last byte is the largest below 0, if any is; the last signed byte the largest above.
+        last = stored.view(torch.uint8).max(), stored.view(torch.int8).max().view(torch.uint8)
+        largest = (torch.stack(last) & 127).max().view(stored.dtype).to(torch.float32)
     for scale in scales:
         numbers = scale.view(torch.float8_e4m3fn) if scale.dtype == torch.uint8 else scale
         largest = largest * numbers.to(torch.float32).max()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glassbox.flux_core.errors import CheckpointError
 from glassbox.flux_core.weights.load import load_flux
 from glassbox.flux_core.weights.lora_parts import AddedAtUse, Full, LoraPart, LowRank
-from glassbox.flux_core.weights.quantised import restore_float8, restore_nvfp4
+from glassbox.flux_core.weights.quantised import Quantised, restore_float8, restore_nvfp4
 from glassbox.flux_core.weights.transformer_keys import to_diffusers
 from glassbox.tests.core.checkpoints import flux1_state, flux2_state, write
 from glassbox.tests.core.quantised_files import gguf_bytes, nvfp4, scaled_float8, write_bytes
@@ -227,3 +227,19 @@ def test_changes_are_added_to_rows_of_what_is_made_and_divided_by_smoothing() ->
     rounded = AddedAtUse(parts)(weight.bfloat16())
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - expected).abs().max() <= 0.1
+
+
+@pytest.mark.parametrize(
+    "numbers", [(1.0, -2.0), (2.0, -1.0), (1.0, 2.0), (-1.0, -2.0), (0.0, -0.0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_the_largest_number_decides_whatever_its_sign(
+    numbers: tuple[float, float], dtype: torch.dtype
+) -> None:
+    """A scale that float32 holds makes a number of it that float32 does not."""
+    how = Quantised("float8", 2, restore_float8, ("scale",))
+    stored = torch.tensor([numbers]).to(dtype)
+    how.check("a", stored, [torch.tensor(1.5e38)])
+    if any(numbers):
+        with pytest.raises(CheckpointError, match="not finite"):
+            how.check("a", stored, [torch.tensor(2e38)])
