@@ -6,7 +6,7 @@ batch statistics, keep the type their module gives them.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +69,7 @@ class Conversion:
             if part not in quantised
         )
         notes = [*self._kept()]
-        notes += self._dequantised([(part, made) for part, made in stored if part in quantised])
+        notes += describe_dequantised(self.checkpoint, stored, self._why)
         notes += [
             f"converted from {dtype_name(given)} to {dtype_name(made)}{why}: "
             f"{count} of {len(stored) + len(self.kept)} tensors"
@@ -93,23 +93,34 @@ class Conversion:
     def _why(self, part: str) -> str:
         return f", {self.reasons[part]}" if part in self.reasons else ""
 
-    def _dequantised(self, parts: list[tuple[str, torch.dtype]]) -> Iterator[str]:
-        """Tell for each format how many tensors were made plain, why, and what that costs."""
-        quantised = self.checkpoint.quantised
-        groups: dict[tuple[str, torch.dtype, str], list[str]] = {}
-        for part, made in parts:
-            group = (quantised[part].format, made, self._why(part))
-            groups.setdefault(group, []).append(part)
-        for (name, made, why), keys in groups.items():
-            size = sum(math.prod(self.checkpoint.shapes[key]) for key in keys) * made.itemsize
-            before = sum(quantised[key].stored_bytes for key in keys)
-            yield (
-                f"dequantised from {name} to {dtype_name(made)}{why}: {len(keys)} tensors, "
-                f"{size / 1e9:.2f} GB in memory that are {before / 1e9:.2f} GB in the file"
-            )
-
     def _type(self, key: str) -> torch.dtype:
         return self.fixed.get(key, self.target)
+
+
+def describe_dequantised(
+    checkpoint: Checkpoint,
+    parts: Iterable[tuple[str, torch.dtype]],
+    why: Callable[[str], str] = lambda _: "",
+) -> Iterator[str]:
+    """Tell for each format how many tensors were made plain, why, and what that costs.
+
+    Args:
+        checkpoint: the file.
+        parts: keys of tensors, and what became of them; plain ones are passed over.
+        why: ends the line's first half, by the key.
+    """
+    groups: dict[tuple[str, torch.dtype, str], list[str]] = {}
+    for part, made in parts:
+        how = checkpoint.quantised.get(part)
+        if how is not None:
+            groups.setdefault((how.format, made, why(part)), []).append(part)
+    for (name, made, reason), keys in groups.items():
+        size = sum(math.prod(checkpoint.shapes[key]) for key in keys) * made.itemsize
+        before = sum(checkpoint.quantised[key].stored_bytes for key in keys)
+        yield (
+            f"dequantised from {name} to {dtype_name(made)}{reason}: {len(keys)} tensors, "
+            f"{size / 1e9:.2f} GB in memory that are {before / 1e9:.2f} GB in the file"
+        )
 
 
 def plan_conversion(

@@ -1,12 +1,13 @@
 """The weights of one text encoder: what they are stored as, and how they get into a module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .convert import describe_dequantised
 from .files import Checkpoint
 from .text_files import WAY_OUT
 from .text_keys import Part
@@ -74,21 +75,10 @@ def fill(
     module.requires_grad_(False)
 
 
-def dequantised(one: Found, dtype_of: Callable[[str], torch.dtype]) -> list[str]:
+def dequantised(one: Found, dtype_of: Callable[[str], torch.dtype]) -> Iterator[str]:
     """Tell for each format how many weights were made plain, and what that costs."""
-    groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for name, key in one.part.keys.items():
-        how = one.file.quantised.get(key)
-        if how is not None:
-            dtype = dtype_of(name)
-            sizes = (count(one.file.shapes[key]) * dtype.itemsize, how.stored_bytes)
-            groups.setdefault((how.format, name_of(dtype)), []).append(sizes)
-    return [
-        f"dequantised from {stored} to {made}: {len(sizes)} tensors, "
-        f"{sum(size for size, _ in sizes) / 1e9:.2f} GB in memory that are "
-        f"{sum(before for _, before in sizes) / 1e9:.2f} GB in the file"
-        for (stored, made), sizes in groups.items()
-    ]
+    parts = ((key, dtype_of(name)) for name, key in one.part.keys.items())
+    return describe_dequantised(one.file, parts)
 
 
 def count(shape: tuple[int, ...]) -> int:
