@@ -22,7 +22,7 @@ def to_native(wired: AnyConditioning) -> tuple[Any, str, list[str]]:
     conditioning = as_conditioning(wired)
     settings, notes = _settings(conditioning, is_off=is_guidance_off(wired))
     notes += conditioning.notes
-    report = "\n".join([_describe(conditioning, settings), *notes])
+    report = "\n".join([_describe(conditioning), *notes])
     return [[conditioning.text.txt, settings]], report, notes
 
 
@@ -42,12 +42,15 @@ def _settings(conditioning: Conditioning, *, is_off: bool) -> tuple[dict[str, An
         if method is None:
             notes.append(_BY_HAND)
         settings["reference_latents"] = [tokens_latent(one) for one in conditioning.references]
-        settings["reference_latents_method"] = method or "index"
+        # Left unsaid where it is the network's own: a node on the MODEL may have set another.
+        own = "offset" if conditioning.references[0].latent.text_axis is None else "index"
+        if (method or "index") != own:
+            settings["reference_latents_method"] = method or "index"
     return settings, notes
 
 
-def _describe(conditioning: Conditioning, settings: dict[str, Any]) -> str:
+def _describe(conditioning: Conditioning) -> str:
     references = len(conditioning.references)
-    method = settings.get("reference_latents_method")
-    placed = f", method {method}" if method else ""
+    method = native_method(conditioning.references) or "index"
+    placed = f", method {method}" if references else ""
     return f"{conditioning.text.txt.shape[1]} text tokens; {references} references{placed}"

@@ -5,17 +5,16 @@ come out alike on both sides, or be refused by name, or fail on both.
 """
 
 import asyncio
-import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import probe
+from model_changes import PackChanges, blind_forward
 from probe_native import Bench
 
 Answer = dict[str, Any]
@@ -49,13 +48,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         bench = ChangedBench(Path(scratch))
         answer: Answer = {"nodes": bench.all_nodes(), "packs": bench.packs()}
-        answer["left_over"] = bench.left_over()
+        answer["left_over"], answer["kv"] = bench.left_over(), bench.kept_by_comfyui()
         answer["shift"] = bench.shift_is_told()
         answer["compiled"] = [bench.outcome(bench.compiled()) for _ in range(2)]
     print(json.dumps(answer))
 
 
-class ChangedBench(Bench):
+class ChangedBench(PackChanges, Bench):
     """The nano's MODEL, changed."""
 
     def __init__(self, scratch: Path) -> None:
@@ -199,138 +198,38 @@ class ChangedBench(Bench):
 
     def packs(self) -> dict[str, Answer]:
         """What packs put on a MODEL by other ways than ComfyUI's own nodes."""
-        changes = {
-            name.removeprefix("_on_"): getattr(self, name)
-            for name in dir(self)
-            if name.startswith("_on_")
-        }
         found: dict[str, Answer] = {}
-        for name, change in changes.items():
-            model = self.native.clone()
-            with change(model):
-                found[name] = self.outcome(model)
+        for name in dir(PackChanges):
+            if name.startswith("on_"):
+                model = self.native.clone()
+                with getattr(self, name)(model):
+                    found[name.removeprefix("on_")] = self.outcome(model)
         return found
 
-    @contextmanager
-    def _on_function_wrapper(self, model: Any) -> Iterator[None]:
-        model.set_model_unet_function_wrapper(
-            lambda apply, args: 0.9 * apply(args["input"], args["timestep"], **args["c"])
-        )
-        yield
-
-    @contextmanager
-    def _on_block_replaced(self, model: Any) -> Iterator[None]:
-        def block(args: Answer, more: Answer) -> Answer:
-            out = more["original_block"](args)
-            return {"img": 0.9 * out["img"], "txt": out["txt"]}
-
-        model.set_model_patch_replace(block, "dit", "double_block", 1)
-        yield
-
-    @contextmanager
-    def _on_text_added(self, model: Any) -> Iterator[None]:
-        """As a style reference does: more tokens before the text's."""
-        import torch
-
-        def patch(inputs: Answer) -> Answer:
-            more = {
-                name: torch.cat((0.5 * inputs[name][:, :3], inputs[name]), dim=1)
-                for name in ("txt", "txt_ids")
-            }
-            return {**inputs, **more}
-
-        model.set_model_post_input_patch(patch)
-        yield
-
-    @contextmanager
-    def _on_wrapper_without_key(self, model: Any) -> Iterator[None]:
-        model.add_wrapper("apply_model", lambda run, *args, **more: 0.9 * run(*args, **more))
-        yield
-
-    @contextmanager
-    def _on_sampler_wrapper_without_key(self, model: Any) -> Iterator[None]:
-        model.add_wrapper("outer_sample", lambda run, *args, **more: run(*args, **more))
-        yield
-
-    @contextmanager
-    def _on_option_of_its_own(self, model: Any) -> Iterator[None]:
-        model.model_options["another pack"] = {"on": True}
-        model.model_options["transformer_options"]["another pack"] = {"on": True}
-        yield
-
-    @contextmanager
-    def _on_before_each_step(self, model: Any) -> Iterator[None]:
-        model.add_callback("on_prepare_state", lambda *_: None)
-        yield
-
-    @contextmanager
-    def _on_latent_changed(self, model: Any) -> Iterator[None]:
-        model.add_object_patch("process_latent_in", lambda latent: 2 * latent)
-        yield
-
-    @contextmanager
-    def _on_noise_scaled(self, model: Any) -> Iterator[None]:
-        levels = type(model.get_model_object("model_sampling"))(model.model.model_config)
-        levels.noise_scale = 2.0
-        model.add_object_patch("model_sampling", levels)
-        yield
-
-    @contextmanager
-    def _on_forward_patched(self, model: Any) -> Iterator[None]:
-        model.add_object_patch("diffusion_model.forward_orig", _forward(self.network))
-        yield
-
-    @contextmanager
-    def _on_forward_of_the_object(self, model: Any) -> Iterator[None]:
-        self.network.forward_orig = _forward(self.network)
-        yield
-        del self.network.forward_orig
-
-    @contextmanager
-    def _on_forward_of_the_class(self, model: Any) -> Iterator[None]:
-        kind = type(self.network)
-        original = kind.forward_orig
-
-        @functools.wraps(original)  # says that it is ComfyUI's
-        def forward(*args: Any, **more: Any) -> Any:
-            return original(*args, **more)
-
-        kind.forward_orig = forward
-        yield
-        kind.forward_orig = original
-
-    @contextmanager
-    def _on_forward_during_the_pass(self, model: Any) -> Iterator[None]:
-        """As step caches do: their own copy of the forward, for as long as a pass takes."""
-
-        def wrapper(apply: Callable[..., Any], args: Answer) -> Any:
-            self.network.forward_orig = _forward(self.network)
-            try:
-                return apply(args["input"], args["timestep"], **args["c"])
-            finally:
-                del self.network.forward_orig
-
-        model.set_model_unet_function_wrapper(wrapper)
-        yield
-
-    @contextmanager
-    def _on_network_left_out(self, model: Any) -> Iterator[None]:
-        model.add_wrapper_with_key("diffusion_model", "other", lambda run, x, *_, **__: 0.1 * x)
-        yield
-
-    @contextmanager
-    def _on_network_hidden(self, model: Any) -> Iterator[None]:
-        kind = type("QuantFlux", (type(self.network),), {"__module__": "/a/custom_nodes/Quant"})
-        self.network.__class__ = kind
-        yield
-        self.network.__class__ = kind.__mro__[1]
+    def kept_by_comfyui(self) -> dict[str, float]:
+        """Flux KV Cache under KSampler: with our conditioning, and with ComfyUI's own."""
+        model, one = self.natives["FLUX.2"], self.conditioning("FLUX.2", 1, "index")
+        node = self.native_nodes.NODE_CLASS_MAPPINGS["FluxKVCache"]
+        latent = self.run("UnpackLatent", tokens=one.references[0])["samples"]
+        ours, _ = self.run("ToConditioning", conditioning=one)
+        theirs = [[one.text.txt, {"guidance": one.guidance, "reference_latents": [latent]}]]
+        sigmas = self.inputs("FLUX.2")[1]
+        made = [
+            self.sampled(node.execute(model).result[0], text, sigmas, "FLUX.2")
+            for text in (ours, theirs)
+        ]
+        plain = self.sampled(model, theirs, sigmas, "FLUX.2")
+        return {
+            "apart": float((made[0] - made[1]).abs().max()),
+            "from plain": float((made[1] - plain).abs().max()),
+        }
 
     def left_over(self) -> list[Answer]:
         """A clean MODEL while a clone with a forward of its own is loaded, and after that."""
         import comfy.model_management as mm
 
         patched = self.native.clone()
-        patched.add_object_patch("diffusion_model.forward_orig", _forward(self.network))
+        patched.add_object_patch("diffusion_model.forward_orig", blind_forward(self.network))
         native, _ = self.run("ToConditioning", conditioning=self.positive)
         self.sampled(patched, native, self.inputs(FAMILY)[1], FAMILY)
         loaded = self.outcome(self.native)
@@ -386,17 +285,6 @@ def _made(route: Callable[[], Any]) -> Any:
         return route()
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return error
-
-
-def _forward(network: Any) -> Callable[..., Any]:
-    """A copy of the network's own forward that asks for no patches."""
-    original = type(network).forward_orig
-
-    def forward(*args: Any, transformer_options: Answer | None = None, **more: Any) -> Any:
-        options = {**(transformer_options or {}), "patches": {}}
-        return original(network, *args, transformer_options=options, **more)
-
-    return forward
 
 
 if __name__ == "__main__":

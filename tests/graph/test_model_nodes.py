@@ -47,14 +47,14 @@ PACKS = {
 REFUSED_PACKS = {
     "before_each_step": "on_prepare_state",
     "forward_during_the_pass": "The code of another node runs in the network's place",
-    "forward_of_the_class": "replaced the network's code: forward_orig (from __main__)",
-    "forward_of_the_object": "replaced the network's code: forward_orig (from __main__)",
+    "forward_of_the_class": "replaced the network's code: forward_orig (from model_changes)",
+    "forward_of_the_object": "replaced the network's code: forward_orig (from model_changes)",
     "forward_patched": "replaced the network's code: diffusion_model.forward_orig",
     "latent_changed": "process_latent_in",
     "network_hidden": "Flux around Quant.QuantFlux",
     "network_left_out": "The code of another node runs in the network's place",
     "noise_scaled": "noise 2 times as strong",
-    "sampler_wrapper_without_key": "outer_sample of __main__",
+    "sampler_wrapper_without_key": "outer_sample of model_changes",
 }
 
 
@@ -104,6 +104,14 @@ def test_a_clean_model_stays_usable_beside_a_clone_with_another_forward(
 
 def test_a_network_compiled_as_a_whole_is_followed_in_every_run(probe: dict[str, Any]) -> None:
     assert [one["verdict"] for one in probe["compiled"]] == ["changes nothing"] * 2
+
+
+def test_flux_kv_cache_under_comfyuis_samplers_works_with_our_conditioning(
+    probe: dict[str, Any],
+) -> None:
+    """It sets another method on the MODEL, which a method named in the conditioning would undo."""
+    assert probe["kv"]["from plain"] > 1e-3
+    assert probe["kv"]["apart"] == 0.0
 
 
 def test_schedule_says_that_a_shift_of_another_node_is_not_followed(probe: dict[str, Any]) -> None:
