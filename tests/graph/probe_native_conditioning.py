@@ -1,7 +1,7 @@
 """Probe: our samplers on ComfyUI's own CONDITIONING against ComfyUI's samplers on the same one.
 
-`sampled`: both generations, with and without a guidance input, on our network and on a native
-MODEL. `elsewhere`: where a CONDITIONING goes beside the samplers, and what is said about it.
+`sampled` and `guided`: both generations, with and without a guidance input, on our network and on
+a native MODEL. `elsewhere`: where a CONDITIONING goes beside the samplers, and what is said of it.
 """
 
 import json
@@ -32,7 +32,8 @@ def main() -> None:
         answer: Answer
         if sys.argv[1] == "sampled":
             answer = {"apart": bench.all_settings() | bench.text_lengths()}
-            answer |= {"guidance": bench.guidances(), "cfg": bench.with_negatives()}
+        elif sys.argv[1] == "guided":
+            answer = {"guidance": bench.guidances(), "cfg": bench.with_negatives()}
         else:
             answer = {"round_trip": bench.round_trips(), "again": bench.handed_on()}
             answer |= {"told": bench.notes(), "schedule": bench.schedules()}
@@ -55,6 +56,13 @@ class BenchConditioning(Bench):
         self.ours[GUIDED] = self.run("LoadModel", file=name, family="auto", dtype="auto")[0]
         self.told: list[str] = []
         sys.modules[f"{probe.PACK}.nodes.host"].tell = self.told.extend
+
+    def inputs(self, generation: str) -> tuple[Any, Any]:
+        noise, sigmas = super().inputs(generation)
+        return replace(noise, values=noise.values[:1]), sigmas
+
+    def empty(self, generation: str) -> Any:
+        return {"samples": super().empty(generation)["samples"][:1]}
 
     def native(
         self,

@@ -23,6 +23,11 @@ def sampled() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def guided() -> dict[str, Any]:
+    return run_probe("probe_native_conditioning", "guided")
+
+
+@pytest.fixture(scope="module")
 def elsewhere() -> dict[str, Any]:
     return run_probe("probe_native_conditioning", "elsewhere")
 
@@ -36,16 +41,16 @@ def test_our_sampler_agrees_with_comfyuis_for_0_to_3_references_and_every_method
     assert {name: one for name, one in apart.items() if one > 1e-5} == {}
 
 
-def test_guidance_is_comfyuis_where_it_is_set_unset_and_not_read(sampled: dict[str, Any]) -> None:
-    guidance = sampled["guidance"]
+def test_guidance_is_comfyuis_where_it_is_set_unset_and_not_read(guided: dict[str, Any]) -> None:
+    guidance = guided["guidance"]
     matters = {name for name in guidance if name.endswith("matters")}
     assert min(guidance[name] for name in matters) > 0.1
     assert {name for name, one in guidance.items() if one > 1e-5} == matters
 
 
-def test_true_cfg_agrees_with_ksampler_for_every_kind_of_negative(sampled: dict[str, Any]) -> None:
-    assert len(sampled["cfg"]) == 6
-    assert max(sampled["cfg"].values()) <= 1e-5
+def test_true_cfg_agrees_with_ksampler_for_every_kind_of_negative(guided: dict[str, Any]) -> None:
+    assert len(guided["cfg"]) == 6
+    assert max(guided["cfg"].values()) <= 1e-5
 
 
 def test_our_conditioning_comes_back_from_to_conditioning_as_it_was(

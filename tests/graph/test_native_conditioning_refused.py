@@ -106,8 +106,8 @@ def test_rubbish_gets_our_errors_on_every_socket(probe: dict[str, Any]) -> None:
     ("use", "words"),
     [
         ("references", "SettingError: The text input's CONDITIONING carries 2 references."),
-        ("batch of 3", "ShapeError: The text has a batch of 3, the noise 2."),
-        ("references of 3", "ShapeError: The reference 1 has a batch of 3, the noise 2."),
+        ("batch of 3", "ShapeError: The text has a batch of 3, the noise 1."),
+        ("references of 3", "ShapeError: The reference 1 has a batch of 3, the noise 1."),
         ("huge text", "NonFiniteError: The text of the conditioning input's CONDITIONING"),
         ("latent for noise", "FamilyMismatchError: The latent has shape (1, 4, 8, 8)."),
         ("no latent for noise", "SettingError: A SimpleNamespace is wired where tokens go."),
