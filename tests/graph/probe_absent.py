@@ -159,10 +159,13 @@ class Native:
 
         return {"samples": torch.zeros(LATENT[file])}
 
-    def ksampler(self, model: Any, file: str, *, cfg: float, references: int) -> Any:
+    def ksampler(
+        self, model: Any, file: str, *, cfg: float, references: int, steps: int = 2
+    ) -> Any:
         sides = [self.text(file, seed, references=references) for seed in (1, 2)]
         sample = self.core.KSampler().sample
-        return sample(model, 7, 2, cfg, "euler", "simple", *sides, self.empty(file))[0]["samples"]
+        settings = (7, steps, cfg, "euler", "simple", *sides, self.empty(file))
+        return sample(model, *settings)[0]["samples"]
 
     def advanced_sampler(self, model: Any, file: str, sigmas: Any, *, method: str = "") -> Any:
         text = self.text(file, 3, references=1)
@@ -176,11 +179,11 @@ class Native:
         return run(noise, guider, sampler, sigmas, self.empty(file)).result[0]["samples"]
 
     def two_graphs(self) -> list[str]:
-        """One of each generation, both with a reference."""
-        sigmas = self.flux.Flux2Scheduler.execute(2, 64, 64).result[0]
+        """One of each generation, both with a reference, of one step: they run often."""
+        sigmas = self.flux.Flux2Scheduler.execute(1, 64, 64).result[0]
         kontext, klein = self.models[KONTEXT], self.models[KLEIN]
         return [
-            _digest(self.ksampler(kontext, KONTEXT, cfg=1.0, references=1)),
+            _digest(self.ksampler(kontext, KONTEXT, cfg=1.0, references=1, steps=1)),
             _digest(self.advanced_sampler(klein, KLEIN, sigmas)),
         ]
 
