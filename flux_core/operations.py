@@ -7,8 +7,8 @@ Layers that hold quantised weights as they are stored, such as ComfyUI's `mixed_
 made without a weight, on the device that keeps it. Their `load_state_dict` accepts beside `weight`
 and `bias`:
 
-- `comfy_quant`: bytes of JSON, {"format": "float8_e4m3fn", "float8_e5m2" or "nvfp4"}; without it the
-  weight is plain.
+- `comfy_quant`: bytes of JSON, {"format": "float8_e4m3fn", "float8_e5m2" or "nvfp4"}; without it
+  the weight is plain.
 - `weight_scale`: of the tensor, float32 (); of nvfp4's blocks, in tiles as cuBLAS reads them.
 - `weight_scale_2`: nvfp4's scale of the tensor, float32 ().
 - `pre_quant_scale`: nvfp4's smoothing, float32 (inputs,), by which the layer multiplies its input.
