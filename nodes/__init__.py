@@ -4,10 +4,10 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from . import host
+from .handover import ApplyToModel, ToConditioning
 from .images import EncodeAndPack, FitImage, UnpackAndDecode
 from .loaders import LoadAutoencoder, LoadModel, LoadNano, LoadTextEncoders
 from .lora import ApplyLoRA
-from .native import ApplyToModel, ToConditioning
 from .references import ReferenceConditioner
 from .sampling import Noise, SampleGuided, SampleTrueCFG, Schedule
 from .text import EncodeText

@@ -14,8 +14,8 @@ from ..flux_core.tokens.pack import latent_tokens, tokens_latent
 from ..flux_core.types import Image
 from ..flux_core.values import Fit
 from . import host
-from .native_latent import AnyTokens, as_tokens
-from .native_vae import AnyAutoencoder, as_autoencoder
+from .native.latent import AnyTokens, as_tokens
+from .native.vae import AnyAutoencoder, as_autoencoder
 from .sockets import FitSocket, TokensSocket, autoencoder_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/image"

@@ -17,7 +17,7 @@ from ..flux_core.families import FAMILIES
 from ..flux_core.specs import TextSpec
 from . import host
 from .handles import AutoencoderHandle, ModelHandle, TextEncodersHandle
-from .native_handle import AnyModel, NativeModelHandle, as_model
+from .native.handle import AnyModel, NativeModelHandle, as_model
 
 if TYPE_CHECKING:
     from ..flux_core.weights.files import Checkpoint

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from typing_extensions import override
 
 from . import host, loading
-from .native_handle import AnyModel
+from .native.handle import AnyModel
 from .sockets import ModelSocket, model_input
 
 _LIMIT = 100.0  # ComfyUI's own of a LoRA's strength

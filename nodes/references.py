@@ -9,8 +9,8 @@ from ..flux_core.tokens.references import check_references, place_references
 from ..flux_core.values import Conditioning, Tokens
 from ..flux_core.weights.names import shorten
 from . import host
-from .native_conditioning_in import AnyText, as_text
-from .native_latent import as_tokens, is_latent
+from .native.conditioning import AnyText, as_text
+from .native.latent import as_tokens, is_latent
 from .sockets import ConditioningSocket, text_input, tokens_input
 
 _MAX_REFERENCES = 100  # ComfyUI's own limit for inputs that grow

@@ -11,10 +11,10 @@ from ..flux_core.sampling.sigmas import SigmaKind, make_sigmas
 from ..flux_core.sampling.solver import SOLVERS, SolverName
 from . import host
 from .kept import REFERENCE_KV, ReferenceKV
-from .native_conditioning_in import AnyConditioning, as_conditioning
-from .native_handle import AnyModel, as_model
-from .native_latent import AnyTokens, as_tokens
-from .native_skipped import shift_notes
+from .native.conditioning import AnyConditioning, as_conditioning
+from .native.handle import AnyModel, as_model
+from .native.latent import AnyTokens, as_tokens
+from .native.skipped import shift_notes
 from .sockets import TokensSocket, conditioning_input, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/sampling"

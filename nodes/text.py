@@ -12,7 +12,7 @@ from .handles import TextEncodersHandle
 from .sockets import TextSocket, text_encoders_input
 
 if TYPE_CHECKING:
-    from .native_text import NativeTextEncoders
+    from .native.text import NativeTextEncoders
 
 AnyTextEncoders: TypeAlias = TextEncodersHandle | Any  # the other is ComfyUI's CLIP
 
@@ -81,7 +81,7 @@ def _as_text_encoders(encoders: AnyTextEncoders) -> "TextEncodersHandle | Native
     """Take what is wired: this pack's own, or a native CLIP."""
     if isinstance(encoders, TextEncodersHandle):
         return encoders
-    from .native_text import NativeTextEncoders  # imported with the first use: it takes time
+    from .native.text import NativeTextEncoders  # imported with the first use: it takes time
 
     return NativeTextEncoders(encoders)
 

@@ -9,9 +9,9 @@ from ..flux_core.tokens.ids import place
 from ..flux_core.tokens.inspect import describe_sequence, sequence_report
 from ..flux_core.tokens.pack import latent_tokens, tokens_latent
 from . import host
-from .native_conditioning_in import AnyConditioning, as_conditioning
-from .native_handle import AnyModel, as_model
-from .native_latent import AnyTokens, as_tokens
+from .native.conditioning import AnyConditioning, as_conditioning
+from .native.handle import AnyModel, as_model
+from .native.latent import AnyTokens, as_tokens
 from .sockets import TokensSocket, conditioning_input, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/tokens"

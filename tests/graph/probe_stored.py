@@ -250,7 +250,7 @@ def _native(bench: StoredBench, path: Path) -> Answer:
     """ComfyUI's own loader of the same file, in our sampler."""
     import comfy.sd
 
-    native = _module("nodes.native_handle").NativeModelHandle(
+    native = _module("nodes.native.handle").NativeModelHandle(
         comfy.sd.load_diffusion_model(str(path))
     )
     handle = bench.load(path, dtype=str(native.network.dtype).removeprefix("torch."))

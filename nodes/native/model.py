@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from ..flux_core.errors import FamilyMismatchError, SettingError
-from ..flux_core.specs import LatentSpec
-from ..flux_core.tokens.native import NativePlaces
-from ..flux_core.values import Conditioning
-from .not_native import NotNative
+from ...flux_core.errors import FamilyMismatchError, SettingError
+from ...flux_core.specs import LatentSpec
+from ...flux_core.tokens.native import NativePlaces
+from ...flux_core.values import Conditioning
+from ..not_native import NotNative
 
 _NETWORK = ("comfy.ldm.flux.model", "Flux")
 _BASES = ("Flux", "Flux2")  # in comfy.model_base; others share the network with other rules

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from ..flux_core import memory
-from ..flux_core.sampling.denoise import denoise, finish, sampling_notes
-from ..flux_core.sampling.guidance import TrueCFG
-from ..flux_core.sampling.solver import SolverName
-from ..flux_core.types import Sigmas
-from ..flux_core.values import Conditioning, Tokens
-from . import host
-from .handles import ModelHandle
-from .kept import ReferenceKV, choose
-from .native_lora import native_with_changes
+from ...flux_core import memory
+from ...flux_core.sampling.denoise import denoise, finish, sampling_notes
+from ...flux_core.sampling.guidance import TrueCFG
+from ...flux_core.sampling.solver import SolverName
+from ...flux_core.types import Sigmas
+from ...flux_core.values import Conditioning, Tokens
+from .. import host
+from ..handles import ModelHandle
+from ..kept import ReferenceKV, choose
+from .lora import native_with_changes
 
 if TYPE_CHECKING:
-    from ..flux_core.weights.lora import Lora
-    from ..flux_core.weights.lora_parts import LoraPart
+    from ...flux_core.weights.lora import Lora
+    from ...flux_core.weights.lora_parts import LoraPart
 
 AnyModel: TypeAlias = ModelHandle | Any  # the other is ComfyUI's ModelPatcher
 
@@ -34,7 +34,7 @@ class NativeModelHandle:
     """A native MODEL; it lives as long as the node that runs."""
 
     def __init__(self, patcher: Any) -> None:
-        from .native_network import NativeNetwork  # reading weights' names takes time to import
+        from .network import NativeNetwork  # reading weights' names takes time to import
 
         self.network = NativeNetwork(patcher)
         self.patcher, self.family, self.report = patcher, self.network.family, self.network.report

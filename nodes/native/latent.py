@@ -4,13 +4,13 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ..flux_core.checks import check_finite
-from ..flux_core.errors import FamilyMismatchError, SettingError
-from ..flux_core.families import FLUX1_LATENT, FLUX2_LATENT
-from ..flux_core.specs import LatentSpec
-from ..flux_core.tokens.pack import latent_tokens
-from ..flux_core.values import Tokens
-from . import host
+from ...flux_core.checks import check_finite
+from ...flux_core.errors import FamilyMismatchError, SettingError
+from ...flux_core.families import FLUX1_LATENT, FLUX2_LATENT
+from ...flux_core.specs import LatentSpec
+from ...flux_core.tokens.pack import latent_tokens
+from ...flux_core.values import Tokens
+from .. import host
 
 AnyTokens: TypeAlias = Tokens | Any  # the other is ComfyUI's LATENT
 

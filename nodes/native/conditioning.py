@@ -12,13 +12,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..flux_core.errors import FamilyMismatchError, SettingError
-from ..flux_core.families import FAMILIES
-from ..flux_core.specs import LatentSpec
-from ..flux_core.tokens.references import place_references, tile
-from ..flux_core.values import Conditioning, TextFeatures, Tokens
-from .handles import ModelHandle
-from .native_entry import (
+from ...flux_core.errors import FamilyMismatchError, SettingError
+from ...flux_core.families import FAMILIES
+from ...flux_core.specs import LatentSpec
+from ...flux_core.tokens.references import place_references, tile
+from ...flux_core.values import Conditioning, TextFeatures, Tokens
+from ..handles import ModelHandle
+from .entry import (
     Settings,
     check_keys,
     open_entry,
@@ -26,8 +26,8 @@ from .native_entry import (
     read_references,
     read_text,
 )
-from .native_handle import NativeModelHandle
-from .native_latent import as_tokens, latent_spec
+from .handle import NativeModelHandle
+from .latent import as_tokens, latent_spec
 
 AnyConditioning: TypeAlias = Conditioning | Any  # the other is ComfyUI's CONDITIONING
 AnyText: TypeAlias = TextFeatures | Any  # likewise

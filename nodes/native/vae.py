@@ -7,14 +7,14 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..flux_core.checks import check_finite, check_latent, check_sides
-from ..flux_core.errors import FamilyMismatchError, SettingError
-from ..flux_core.families import FLUX1_LATENT, FLUX2_LATENT
-from ..flux_core.image.pixels import check_image
-from ..flux_core.specs import LatentSpec
-from ..flux_core.types import Image, Latent
-from . import host
-from .handles import AutoencoderHandle
+from ...flux_core.checks import check_finite, check_latent, check_sides
+from ...flux_core.errors import FamilyMismatchError, SettingError
+from ...flux_core.families import FLUX1_LATENT, FLUX2_LATENT
+from ...flux_core.image.pixels import check_image
+from ...flux_core.specs import LatentSpec
+from ...flux_core.types import Image, Latent
+from .. import host
+from ..handles import AutoencoderHandle
 
 _OVERFLOW = "look at the node that made the tokens, or start ComfyUI with --fp32-vae."
 _LOAD = "load ae.safetensors or flux2-vae.safetensors with 'Load VAE'."

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..flux_core.errors import SettingError
+from ...flux_core.errors import SettingError
 
 _WRAPPERS = (
     "outer_sample",

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..flux_core.errors import SettingError
-from . import host
+from ...flux_core.errors import SettingError
+from .. import host
 
 if TYPE_CHECKING:
-    from ..flux_core.weights.lora_parts import LoraPart
+    from ...flux_core.weights.lora_parts import LoraPart
 
 _PREFIX = "diffusion_model."
 _INPUT = "img_in.weight"

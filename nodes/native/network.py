@@ -14,17 +14,17 @@ from uuid import UUID, uuid4
 import torch
 from torch import Tensor
 
-from ..flux_core.errors import SettingError
-from ..flux_core.specs import TransformerSpec
-from ..flux_core.tokens.native import NativePlaces
-from ..flux_core.tokens.pack import pack_latent, unpack_tokens
-from ..flux_core.transformer.flux import check_conditioning
-from ..flux_core.types import Sigmas, TokenValues
-from ..flux_core.values import Conditioning, Tokens
-from ..flux_core.weights.choose import choose_family
-from .native_lora import larger_weights
-from .native_model import WATCH, PlaceReferences, native_network
-from .native_skipped import check_skipped, merged_wrappers
+from ...flux_core.errors import SettingError
+from ...flux_core.specs import TransformerSpec
+from ...flux_core.tokens.native import NativePlaces
+from ...flux_core.tokens.pack import pack_latent, unpack_tokens
+from ...flux_core.transformer.flux import check_conditioning
+from ...flux_core.types import Sigmas, TokenValues
+from ...flux_core.values import Conditioning, Tokens
+from ...flux_core.weights.choose import choose_family
+from .lora import larger_weights
+from .model import WATCH, PlaceReferences, native_network
+from .skipped import check_skipped, merged_wrappers
 
 
 class NativeNetwork:

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from typing_extensions import override
 
 from . import host
-from .native_conditioning_in import AnyConditioning, as_conditioning
+from .native.conditioning import AnyConditioning, as_conditioning
 from .sockets import conditioning_input
 
 _CATEGORY = "FLUX Glassbox/native"
@@ -35,7 +35,7 @@ class ToConditioning(io.ComfyNode):
     @classmethod
     @override
     def execute(cls, conditioning: AnyConditioning) -> io.NodeOutput:
-        from .native_conditioning import to_native  # imported with the first use: it takes time
+        from .native.conditioning_out import to_native  # imported with the first use: it takes time
 
         native, report, notes = to_native(conditioning)
         host.tell(notes)
@@ -70,6 +70,6 @@ class ApplyToModel(io.ComfyNode):
     @classmethod
     @override
     def execute(cls, model: io.Model.Type, conditioning: AnyConditioning) -> io.NodeOutput:
-        from .native_model import apply_places
+        from .native.model import apply_places
 
         return io.NodeOutput(apply_places(model, as_conditioning(conditioning)))

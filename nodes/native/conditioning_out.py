@@ -5,10 +5,10 @@
 
 from typing import Any
 
-from ..flux_core.tokens.native import native_method
-from ..flux_core.tokens.pack import tokens_latent
-from ..flux_core.values import Conditioning
-from .native_conditioning_in import AnyConditioning, as_conditioning, is_guidance_off
+from ...flux_core.tokens.native import native_method
+from ...flux_core.tokens.pack import tokens_latent
+from ...flux_core.values import Conditioning
+from .conditioning import AnyConditioning, as_conditioning, is_guidance_off
 
 _BY_HAND = (
     "the references are placed by hand, which ComfyUI has no name for: put 'Apply To Model "

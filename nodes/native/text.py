@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..flux_core.errors import FamilyMismatchError, SettingError
-from ..flux_core.families import FLUX1_TEXT, MISTRAL_SMALL_3, QWEN3_4B, QWEN3_8B
-from ..flux_core.specs import LanguageModelSpec
-from ..flux_core.text.encoders import LanguageModelEncoder, PromptEncoder, TextEncoders
-from ..flux_core.text.modules import ClipSpec, LanguageModelShape, T5Spec
-from ..flux_core.text.tokenizers import (
+from ...flux_core.errors import FamilyMismatchError, SettingError
+from ...flux_core.families import FLUX1_TEXT, MISTRAL_SMALL_3, QWEN3_4B, QWEN3_8B
+from ...flux_core.specs import LanguageModelSpec
+from ...flux_core.text.encoders import LanguageModelEncoder, PromptEncoder, TextEncoders
+from ...flux_core.text.modules import ClipSpec, LanguageModelShape, T5Spec
+from ...flux_core.text.tokenizers import (
     ChatTokenizer,
     PromptTokenizer,
     load_clip_tokenizer,
@@ -25,9 +25,9 @@ from ..flux_core.text.tokenizers import (
     load_qwen_tokenizer,
     load_t5_tokenizer,
 )
-from ..flux_core.values import TextFeatures
-from . import host
-from .handles import text_to_outputs
+from ...flux_core.values import TextFeatures
+from .. import host
+from ..handles import text_to_outputs
 
 _MODULE = "comfy.text_encoders.flux"
 _PAIR, _LANGUAGE = "FluxClipModel", "Flux2TEModel"  # whatever is derived from them, too

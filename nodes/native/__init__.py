@@ -1,0 +1,1 @@
+"""ComfyUI's own MODEL, CLIP, VAE, LATENT and CONDITIONING: adapters to and from ours."""
