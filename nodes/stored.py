@@ -36,7 +36,9 @@ def changed_at_use(patcher: Any, parts: Sequence["LoraPart"]) -> Any:
     clone = host.changed(patcher, rest)
     for layer, mine in layers.items():
         smoothing = getattr(quantised[layer], "pre_quant_scale", None)
-        clone.add_weight_wrapper(f"{layer}.weight", AddedAtUse(tuple(mine), smoothing))
+        key = f"{layer}.weight"
+        earlier = [part for one in clone.weight_wrapper_patches.pop(key, []) for part in one.parts]
+        clone.add_weight_wrapper(key, AddedAtUse((*earlier, *mine), smoothing))
     if layers:
         clone.add_patches({})  # gives it a uuid of its own, without which it is not loaded anew
     return clone

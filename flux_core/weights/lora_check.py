@@ -118,8 +118,10 @@ def check_lora(
 
 def _control_norms(checkpoint: Checkpoint, names: LoraNames) -> tuple[str, ...]:
     """List the norms of FLUX.1's Canny or Depth LoRA; none of any other file."""
-    inputs = names.layers["img_in"].size(checkpoint.shapes)[1] if "img_in" in names.layers else 0
-    if inputs != _CONTROL_CHANNELS:
+    layers = names.layers
+    inputs = layers["img_in"].size(checkpoint.shapes)[1] if "img_in" in layers else 0
+    # FLUX.2's own input is as wide, but none of its layers has a bias.
+    if inputs != _CONTROL_CHANNELS or not any("bias" in one.keys for one in layers.values()):
         return ()
     return tuple(key for key in names.unknown if key.endswith(_NORM))
 

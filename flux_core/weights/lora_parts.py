@@ -91,13 +91,14 @@ class AddedAtUse:
     divisor: Tensor | None = None
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """Change a weight (rows, columns) that was made for this use, in place."""
+        """Change a weight (rows, columns) that was made for this use; the sum is rounded once."""
+        made = weight.to(torch.float32)
+        by = torch.ones(()) if self.divisor is None else self.divisor
+        by = by.to(made)
         for part in self.parts:
-            delta = part.change.delta(weight.device)
-            if self.divisor is not None:
-                delta = delta / self.divisor.to(delta)
-            weight.narrow(0, part.start, part.rows).add_(delta, alpha=part.scale)
-        return weight
+            rows = made.narrow(0, part.start, part.rows)
+            rows.addcdiv_(part.change.delta(made.device), by, value=part.scale)
+        return made.to(weight.dtype)
 
 
 def patched(weight: Tensor, parts: Iterable[LoraPart]) -> Tensor:

@@ -72,7 +72,9 @@ _FOREIGN = (
         "'InpaintModelConditioning' or 'InstructPixToPixConditioning'",
     ),
     _Foreign(("unclip_conditioning",), "a picture for unCLIP", "'unCLIPConditioning'"),
-    _Foreign(("default",), "the place of a default for what masks leave", "'Cond Set Default'"),
+    _Foreign(
+        ("default",), "the place of a default for what masks leave", "'Cond Set Default Combine'"
+    ),
     _Foreign(
         ("attention_mask_img_shape",),
         "a weight of its style picture, as an attention mask",

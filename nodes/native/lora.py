@@ -88,8 +88,9 @@ def _size_given(patch: tuple[Any, ...]) -> list[int]:
     """Tell the size a patch gives its weight; [] when it leaves it."""
     change = patch[1]
     parts = getattr(change, "weights", ())
-    if len(parts) == _RESHAPE + 1 and parts[_RESHAPE]:
-        return list(parts[_RESHAPE])
+    size = parts[_RESHAPE] if len(parts) == _RESHAPE + 1 else None  # GLoRA has a tensor there
+    if isinstance(size, list | tuple) and size:
+        return list(size)
     if not isinstance(change, tuple) or change[0] != "diff":
         return []
     values: Any = change[1]

@@ -74,7 +74,8 @@ def _check_plain(clip: Any) -> None:
         raise SettingError(
             "The CLIP carries hooks, which only ComfyUI's own text nodes follow.",
             "a CLIP without hooks.",
-            "take 'Set CLIP Hooks' off this wire; a LoRA goes on with 'Load LoRA'.",
+            "take 'Set CLIP Hooks' off this wire; put a LoRA on with 'Load LoRA (Model and "
+            "CLIP)'.",
         )
 
 
@@ -91,7 +92,7 @@ def _encoder(clip: Any) -> PromptEncoder:
     raise FamilyMismatchError(
         f"The CLIP is {type(model).__name__.rstrip('_')}, made of {parts}.",
         "CLIP-L and T5 for FLUX.1, or Qwen3 or Mistral for FLUX.2.",
-        "load clip_l and t5xxl with 'DualCLIPLoader', type flux; or qwen_3_4b, qwen_3_8b or "
+        "load clip_l and t5xxl with 'Load CLIP (Dual)', type flux; or qwen_3_4b, qwen_3_8b or "
         "mistral_3_small_flux2 with 'Load CLIP', type flux2.",
     )
 

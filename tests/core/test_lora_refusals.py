@@ -102,6 +102,11 @@ def control() -> State:
     }
 
 
+def wide_without_biases() -> State:
+    """As a LoRA of FLUX.2, whose input is as wide, would be with norms."""
+    return {key: tensor for key, tensor in control().items() if not key.endswith(".bias")}
+
+
 def changed(**state: torch.Tensor) -> Callable[[], State]:
     """A good LoRA with other tensors; "down", "up" and so on stand for the layer's."""
     ends = {"down": A, "up": B, "second": f"{LAYER}.lokr_w2", "first_a": f"{LAYER}.lokr_w1_a"}
@@ -142,6 +147,7 @@ def without(key: str) -> Callable[[], State]:
         (changed(hada_w1_a=torch.ones(128)), "is a LoHa"),
         (lambda: {**good(), f"lora_unet_{A}": good()[A]}, "says 1 things twice"),
         (control, "Canny or Depth LoRA: it makes the model take 128 channels"),
+        (wide_without_biases, "replaces 2 norms"),
         (
             lambda: {**good(), "single_blocks.0.norm.key_norm.scale": torch.ones(128)},
             "replaces 1 norms",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glassbox.flux_core.errors import CheckpointError
 from glassbox.flux_core.weights.load import load_flux
-from glassbox.flux_core.weights.lora_parts import AddedAtUse, Full, LoraPart, LowRank
+from glassbox.flux_core.weights.lora_parts import AddedAtUse, Full, LoraPart, LowRank, patched
 from glassbox.flux_core.weights.quantised import Quantised, restore_float8, restore_nvfp4
 from glassbox.flux_core.weights.transformer_keys import to_diffusers
 from glassbox.tests.core.checkpoints import flux1_state, flux2_state, write
@@ -224,9 +224,13 @@ def test_changes_are_added_to_rows_of_what_is_made_and_divided_by_smoothing() ->
     assert (AddedAtUse(parts)(weight.clone()) - expected).abs().max() <= 1e-6
     made = AddedAtUse(parts, factors)((weight / factors).clone())
     assert (made * factors - expected).abs().max() <= 1e-5
-    rounded = AddedAtUse(parts)(weight.bfloat16())
-    assert rounded.dtype == torch.bfloat16
-    assert (rounded.float() - expected).abs().max() <= 0.1
+
+
+def test_changes_add_up_before_they_are_rounded() -> None:
+    weight = torch.randn(6, 4).bfloat16()
+    parts = [LoraPart("a", 0, 6, True, Full(torch.randn(6, 4)), 0.1) for _ in range(4)]
+    expected = patched(weight, parts)
+    assert torch.equal(AddedAtUse(tuple(parts))(weight), expected)
 
 
 @pytest.mark.parametrize(

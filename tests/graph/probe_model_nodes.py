@@ -1,7 +1,7 @@
 """Probe: a MODEL that other nodes have changed, in our samplers and in ComfyUI's own.
 
-Every node of ComfyUI that changes a MODEL, with the nano's; then what packs put on one. It has to
-come out alike on both sides, or be refused by name, or fail on both.
+Every node of ComfyUI that changes a MODEL and needs no part of another, with the nano's; then what
+packs put on one. It has to come out alike on both sides, or be refused by name, or fail on both.
 """
 
 import asyncio

@@ -27,7 +27,7 @@ def probe() -> dict[str, Any]:
         ("gligen", ("GLIGEN", "'Apply GLIGEN Text Box'")),
         ("hooks", ("hooks", "'Cond Set Props'")),
         ("concat_latent_image", ("a picture to fill in", "'InpaintModelConditioning'")),
-        ("default", ("default", "'Cond Set Default'")),
+        ("default", ("default", "'Cond Set Default Combine'")),
         ("style", ("attention mask", "'Apply Style Model'")),
         ("unknown", ("a" * 79 + "…, b\\n, c and 1 more",)),
         ("both", ("a mask", "a ControlNet", "'Conditioning (Set Mask)' and 'Apply ControlNet'")),
