@@ -27,7 +27,7 @@ class ToConditioning(io.ComfyNode):
                 )
             ],
             outputs=[
-                io.Conditioning.Output("native"),
+                io.Conditioning.Output("native", tooltip="For KSampler and ComfyUI's other nodes."),
                 io.String.Output("report", tooltip="What goes along, and what cannot."),
             ],
         )
@@ -64,7 +64,7 @@ class ApplyToModel(io.ComfyNode):
                     "sampler.",
                 ),
             ],
-            outputs=[io.Model.Output("model")],
+            outputs=[io.Model.Output("model", tooltip="For KSampler and ComfyUI's other nodes.")],
         )
 
     @classmethod

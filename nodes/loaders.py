@@ -36,6 +36,13 @@ def _dtype_input() -> io.Combo.Input:
     )
 
 
+def _model_output() -> io.Output:
+    return ModelSocket.Output(
+        "model",
+        tooltip="For the nodes of this pack. KSampler takes the MODEL of 'Load Diffusion Model'.",
+    )
+
+
 def _report_output() -> io.String.Output:
     return io.String.Output("report", tooltip="What was found in the file, and what was guessed.")
 
@@ -61,7 +68,7 @@ class LoadNano(io.ComfyNode):
                 ),
             ],
             outputs=[
-                ModelSocket.Output("model"),
+                _model_output(),
                 TextEncodersSocket.Output("text_encoders"),
                 AutoencoderSocket.Output("autoencoder"),
             ],
@@ -118,7 +125,7 @@ class LoadModel(io.ComfyNode):
                     "of the dtype, and a step is a little faster.",
                 ),
             ],
-            outputs=[ModelSocket.Output("model"), _report_output()],
+            outputs=[_model_output(), _report_output()],
         )
 
     @classmethod

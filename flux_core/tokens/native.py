@@ -77,7 +77,7 @@ class NativePlaces:
                 f"has places for {_described(own)}.",
                 "the same references, in the same order, in the positive and negative prompt.",
                 "wire one conditioning to 'To Conditioning (FLUX)' and 'Apply To Model (FLUX)', "
-                "and the same references to the negative prompt; take native ReferenceLatent off.",
+                "and the same references to the negative prompt; take 'Set Reference Latent' off.",
             )
         if not own and self.target is None:
             return img_ids

@@ -247,8 +247,9 @@ def check_conditioning(
             raise FamilyMismatchError(
                 f"Reference {number} holds {tokens.latent.name} tokens.",
                 f"{family.latent.name} tokens for {family.title}.",
-                "encode it with that family's autoencoder, from 'Load Autoencoder (FLUX)' or the "
-                f"same 'Load Nano (FLUX)'{_told_by_name(tokens.latent, family.latent)}.",
+                "encode it with that family's autoencoder, from 'Load Autoencoder (FLUX)', "
+                "'Load VAE' or the same 'Load Nano (FLUX)'"
+                f"{_told_by_name(tokens.latent, family.latent)}.",
             )
     for name, size in named:
         if size not in (1, batch):
@@ -296,8 +297,8 @@ def _other_text(
     return FamilyMismatchError(
         f"The text features are {widths[0]} wide, pooled {widths[1]}{whose}.",
         f"{needed} for {family.title}, from {family.text.title}.",
-        "load this family's text encoders in 'Load Text Encoders (FLUX)', or take all parts from "
-        "one 'Load Nano (FLUX)'.",
+        "load this family's text encoders in 'Load Text Encoders (FLUX)' or with ComfyUI's own "
+        "loaders, or take all parts from one 'Load Nano (FLUX)'.",
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 _BF16 = "choose the bfloat16 file of this model."
-_OTHER = "choose a FLUX.1 or FLUX.2 file in this loader."
+_LORAS = "put it into models/loras, and choose it in 'Apply LoRA (FLUX)'."
 _NATIVE = "choose a FLUX.1 or FLUX.2 file here, or load this one with ComfyUI's own loader."
 _PUBLISHED = "choose FLUX.1's ae.safetensors, or FLUX.2's flux2-vae.safetensors."
 
@@ -30,7 +30,7 @@ LIBRARIES = (
     Kind("quantised by MLX", (".q_proj.scales", ".gate_proj.scales"), _BF16),
 )
 QUANTISED = (*LIBRARIES, Kind("quantised for ComfyUI", (".comfy_quant",), _BF16))
-LORA = Kind("a LoRA", (".lora_A", ".lora_B", ".lora_down", ".lora_up", "_lora1.", ".lokr_"), _OTHER)
+LORA = Kind("a LoRA", (".lora_A", ".lora_B", ".lora_down", ".lora_up", "_lora1.", ".lokr_"), _LORAS)
 TRANSFORMERS = (
     LORA,
     Kind("a FLUX.3 transformer", ("early_stream_modulations.",), _NATIVE),

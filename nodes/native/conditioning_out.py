@@ -10,10 +10,7 @@ from ...flux_core.tokens.pack import tokens_latent
 from ...flux_core.values import Conditioning
 from .conditioning import AnyConditioning, as_conditioning, is_guidance_off
 
-_BY_HAND = (
-    "the references are placed by hand, which ComfyUI has no name for: put 'Apply To Model "
-    "(FLUX)' between the MODEL and the sampler."
-)
+_BY_HAND = "places by hand: needs 'Apply To Model (FLUX)' before the sampler."
 _NO_GUIDANCE = "no guidance is set: ComfyUI takes 3.5 where the model reads one."
 
 
@@ -51,6 +48,6 @@ def _settings(conditioning: Conditioning, *, is_off: bool) -> tuple[dict[str, An
 
 def _describe(conditioning: Conditioning) -> str:
     references = len(conditioning.references)
-    method = native_method(conditioning.references) or "index"
-    placed = f", method {method}" if references else ""
+    method = native_method(conditioning.references)
+    placed = f", {f'method {method}' if method else 'placed by hand'}" if references else ""
     return f"{conditioning.text.txt.shape[1]} text tokens; {references} references{placed}"

@@ -60,5 +60,6 @@ def latent_spec(samples: Tensor, autoencoder: LatentSpec | None = None) -> Laten
     raise FamilyMismatchError(
         f"The latent has shape {tuple(samples.shape)}.",
         " or ".join(f"{one.name}'s, with {one.channels} channels" for one in known) + ".",
-        "encode the picture with FLUX's VAE, or in 'Encode and Pack (FLUX)'.",
+        "encode the picture with FLUX's VAE, or in 'Encode and Pack (FLUX)'; an empty one comes "
+        "from 'Noise (FLUX)', or ComfyUI's 'EmptySD3LatentImage' or 'Empty Flux 2 Latent'.",
     )

@@ -171,5 +171,6 @@ def _check_generation(network: Any, latent: LatentSpec) -> None:
         raise FamilyMismatchError(
             f"The references are {latent.name}'s, the MODEL is {_GENERATIONS.get(axes, 'other')}.",
             "one generation throughout.",
-            "use the autoencoder of the model in 'Encode and Pack (FLUX)'.",
+            "use the autoencoder of the model in 'Encode and Pack (FLUX)', or load a MODEL of the "
+            "references' generation.",
         )

@@ -74,8 +74,7 @@ def _check_plain(clip: Any) -> None:
         raise SettingError(
             "The CLIP carries hooks, which only ComfyUI's own text nodes follow.",
             "a CLIP without hooks.",
-            "take 'Set CLIP Hooks' off this wire; put a LoRA on with 'Load LoRA (Model and "
-            "CLIP)'.",
+            "take 'Set CLIP Hooks' off this wire; put a LoRA on with 'Load LoRA (Model and CLIP)'.",
         )
 
 
