@@ -81,6 +81,7 @@ _FOREIGN = (
         "'Apply Style Model' with strength_type attn_bias (multiply can be used)",
     ),
 )
+_MOST_BITS = 1024  # of a whole number that a message repeats
 _ELSEWHERE = "or sample with ComfyUI's own KSampler, which reads it."
 
 
@@ -188,8 +189,10 @@ def read_guidance(settings: Settings, name: str) -> float | Literal["absent", "o
     if "guidance" not in settings or found is None:
         return "absent" if "guidance" not in settings else "off"
     if not isinstance(found, int | float) or isinstance(found, bool) or not _in_range(found):
+        is_endless = isinstance(found, int) and found.bit_length() > _MOST_BITS
+        said = "beyond all numbers" if is_endless else shorten(str(found))
         raise SettingError(
-            f"The {name} input's CONDITIONING carries guidance {shorten(str(found))}.",
+            f"The {name} input's CONDITIONING carries guidance {said}.",
             f"a number from 0 to {MAX_GUIDANCE:g}.",
             "set it in 'FluxGuidance'.",
         )
@@ -238,13 +241,21 @@ def _in_range(number: float) -> bool:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, Tensor) and torch.is_floating_point(value)
+    """Tell numbers with a fraction that are there, one beside the other, from other tensors."""
+    return (
+        isinstance(value, Tensor)
+        and torch.is_floating_point(value)
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_meta)
+    )
 
 
 def _kind(value: object) -> str:
     """Name what a value is, as the object of a sentence."""
     if isinstance(value, Tensor):
-        return f"a tensor of {str(value.dtype).removeprefix('torch.')}"
+        form = "nested " if value.is_nested else "" if value.layout is torch.strided else "sparse "
+        empty = " without values" if value.is_meta else ""
+        return f"a {form}tensor of {str(value.dtype).removeprefix('torch.')}{empty}"
     return f"a value of type {shorten(type(value).__name__)}"
 
 

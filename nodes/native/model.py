@@ -12,6 +12,7 @@ from ...flux_core.errors import FamilyMismatchError, SettingError
 from ...flux_core.specs import LatentSpec
 from ...flux_core.tokens.native import NativePlaces
 from ...flux_core.values import Conditioning
+from .. import host
 from ..not_native import NotNative
 
 _NETWORK = ("comfy.ldm.flux.model", "Flux")
@@ -112,6 +113,8 @@ def native_network(model: Any) -> Any:
     kind = type(network)
     is_flux = (kind.__module__, kind.__name__) == _NETWORK and type(base).__name__ in _BASES
     params = getattr(network, "params", None)
+    if base is None:
+        raise _no_model(model)
     if not is_flux or getattr(params, "txt_norm", False) or getattr(params, "yak_mlp", False):
         raise FamilyMismatchError(
             f"The MODEL is {type(base).__name__} around "
@@ -128,6 +131,8 @@ def native_network(model: Any) -> Any:
             "a model that takes a noisy picture alone.",
             "load the model without Fill, Canny or Depth in its name.",
         )
+    if not isinstance(model, host.Patcher):
+        raise _no_model(model)
     replaced = _replaced(model, network)
     if replaced:
         raise SettingError(
@@ -138,13 +143,22 @@ def native_network(model: Any) -> Any:
     return network
 
 
+def _no_model(found: object) -> SettingError:
+    return SettingError(
+        f"A {type(found).__name__} is wired where a MODEL goes.",
+        "FLUX.1 or FLUX.2, as ComfyUI's loaders give it.",
+        "wire 'Load Diffusion Model' or 'Load Model (FLUX)' to it.",
+    )
+
+
 def _uncompiled(model: Any, loaded: Any) -> Any:
     """Find the network itself: what torch.compile made of it may stand in its place while loaded.
 
     `loaded` is what stands there now, put on by whichever clone of the MODEL ran last.
     """
     backup = getattr(model, "object_patches_backup", {})
-    network = backup.get("diffusion_model", loaded)
+    own = getattr(model, "object_patches", {})
+    network = own.get("diffusion_model", backup.get("diffusion_model", loaded))
     return getattr(network, "_orig_mod", network)
 
 

@@ -39,7 +39,7 @@ class NativeNetwork:
 
     def __init__(self, patcher: Any) -> None:
         self.patcher = patcher
-        network = native_network(patcher)
+        self._network = network = native_network(patcher)
         self.spec = _spec(network.params, network)
         self.family, known = choose_family(self.spec, _file(patcher), {}, None)
         self.report = f"{self.family.title} in ComfyUI's own network ({known.why})"
@@ -48,7 +48,7 @@ class NativeNetwork:
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
-        return self.patcher.model.get_dtype_inference()
+        return self.patcher.get_model_object("manual_cast_dtype") or self._network.dtype
 
     def plans(
         self, conditionings: Sequence[Conditioning], target: Tokens, sigmas: Sigmas
@@ -116,6 +116,12 @@ class NativePlan:
         else:
             asked = {"input": latent, "timestep": levels, "c": given, "cond_or_uncond": [self.side]}
             denoised = wrapper(model.apply_model, asked)
+        if getattr(denoised, "shape", None) != latent.shape:
+            raise SettingError(
+                f"A wrapper on the MODEL gave back a {_described(denoised)}.",
+                f"a picture of the shape it was given, {tuple(latent.shape)}.",
+                "take the node off that put it there.",
+            )
         return pack_latent((latent - denoised.float()) / sigma, self.target.latent)
 
     def _options(self, sigma: Tensor) -> dict[str, Any]:
@@ -179,11 +185,18 @@ def _batched(value: Any, batch: int) -> Any:
     return value.expand(batch, *value.shape[1:]) if isinstance(value, Tensor) else value
 
 
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{type(value).__name__} of {tuple(shape)}"
+
+
 def _file(patcher: Any) -> Path:
     """Name the file a MODEL came from, where its loader tells."""
-    loader = getattr(patcher, "cached_patcher_init", None)
-    path = loader[1][0] if loader and loader[1] else None
-    return Path(path) if isinstance(path, str) else Path("MODEL.safetensors")
+    match getattr(patcher, "cached_patcher_init", None):
+        case (_, (str() as path, *_), *_):
+            return Path(path)
+        case _:
+            return Path("MODEL.safetensors")
 
 
 def _spec(params: Any, network: Any) -> TransformerSpec:

@@ -124,6 +124,18 @@ class PackChanges:
         yield
 
     @contextmanager
+    def on_network_exchanged(self, model: Any) -> Iterator[None]:
+        import torch
+
+        model.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
+        yield
+
+    @contextmanager
+    def on_pass_without_a_picture(self, model: Any) -> Iterator[None]:
+        model.set_model_unet_function_wrapper(lambda apply, args: None)
+        yield
+
+    @contextmanager
     def on_network_hidden(self, model: Any) -> Iterator[None]:
         kind = type("QuantFlux", (type(self.network),), {"__module__": "/a/custom_nodes/Quant"})
         self.network.__class__ = kind

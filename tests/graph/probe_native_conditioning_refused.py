@@ -159,6 +159,8 @@ class BenchRefused(BenchConditioning):
             "text without a batch": [[txt[:0], settings]],
             "text of NaN": [[torch.full_like(txt, torch.nan), settings]],
             "text of whole numbers": [[torch.ones_like(txt, dtype=torch.long), settings]],
+            "text without values": [[txt.to("meta"), settings]],
+            "sparse text": [[txt.to_sparse(), settings]],
             "complex text": [[txt.to(torch.complex64), settings]],
             "keys of all kinds": [[txt, {**settings, 3: 4, (1, 2): "x", b"k": 1, "\ud800": 1}]],
         }
@@ -170,6 +172,7 @@ class BenchRefused(BenchConditioning):
             "guidance as words": {"guidance": "3.5"},
             "guidance of NaN": {"guidance": float("nan")},
             "huge guidance": {"guidance": 10**400},
+            "endless guidance": {"guidance": 10**5000},
             "guidance below 0": {"guidance": -1},
             "guidance as a tensor": {"guidance": torch.tensor([3.5, 4.0])},
             "guidance as yes": {"guidance": True},

@@ -55,7 +55,9 @@ REFUSED_PACKS = {
     "latent_changed": "process_latent_in",
     "network_hidden": "Flux around Quant.QuantFlux",
     "network_left_out": "The code of another node runs in the network's place",
+    "network_exchanged": "The MODEL is Flux around torch.nn.modules.linear.Linear",
     "noise_scaled": "noise 2 times as strong",
+    "pass_without_a_picture": "A wrapper on the MODEL gave back a NoneType",
     "sampler_wrapper_without_key": "outer_sample of model_changes",
 }
 

@@ -96,7 +96,7 @@ def test_a_reference_of_another_model_is_named(probe: dict[str, Any], use: str, 
 
 
 def test_rubbish_gets_our_errors_on_every_socket(probe: dict[str, Any]) -> None:
-    assert len(probe["rubbish"]) == 43 * 8
+    assert len(probe["rubbish"]) == 46 * 8
     raw = {name: one for name, one in probe["rubbish"].items() if not one.startswith("glassbox.")}
     assert raw == {}
     assert [name for name, one in probe["rubbish"].items() if "Fix: " not in one] == []
