@@ -122,7 +122,7 @@ class LoadModel(io.ComfyNode):
                     advanced=True,
                     tooltip="as stored: float8 and NVFP4 weights stay in memory as they are, and "
                     "numbers are made of each layer when it is used. plain: they take the memory "
-                    "of the dtype, and a step is a little faster.",
+                    "of the dtype, and steps are faster, small pictures most.",
                 ),
             ],
             outputs=[_model_output(), _report_output()],
