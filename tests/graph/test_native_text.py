@@ -80,4 +80,4 @@ def test_another_models_clip_is_told_what_is_needed(probe: dict[str, Any]) -> No
     for use in ("sdxl", "sd3", "t5 only", "z-image"):
         said = probe["refused"][use]
         assert "CLIP-L and T5 for FLUX.1, or Qwen3 or Mistral for FLUX.2" in said
-        assert "'DualCLIPLoader', type flux" in said
+        assert "'Load CLIP (Dual)', type flux" in said
