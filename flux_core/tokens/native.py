@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError, ShapeError
+from ..specs import LatentSpec
 from ..types import Ids
 from ..values import Tokens
 from .ids import place
 from .references import tile
 
 Method = Literal["offset", "index"]
+
+
+def own_method(latent: LatentSpec) -> Method:
+    """Name the rule by which ComfyUI's network places references where nothing else is said."""
+    return "offset" if latent.text_axis is None else "index"
 
 
 def native_method(references: Sequence[Tokens]) -> Method | None:
@@ -36,7 +42,7 @@ def native_method(references: Sequence[Tokens]) -> Method | None:
         for number, tokens in enumerate(references, 1)
     ]
     rules: dict[Method, Sequence[Tokens]] = {"offset": tile(references), "index": counted}
-    if references[0].latent.text_axis is not None:
+    if own_method(references[0].latent) == "index":
         rules = dict(reversed(rules.items()))
     return next((name for name, rule in rules.items() if _are_at(references, rule)), None)
 

@@ -93,11 +93,7 @@ class AddedAtUse:
     def __call__(self, weight: Tensor) -> Tensor:
         """Change a weight (rows, columns) that was made for this use; the sum is rounded once."""
         made = weight.to(torch.float32)
-        by = torch.ones(()) if self.divisor is None else self.divisor
-        by = by.to(made)
-        for part in self.parts:
-            rows = made.narrow(0, part.start, part.rows)
-            rows.addcdiv_(part.change.delta(made.device), by, value=part.scale)
+        _add(made, self.parts, None if self.divisor is None else self.divisor.to(made))
         return made.to(weight.dtype)
 
 
@@ -108,9 +104,7 @@ def patched(weight: Tensor, parts: Iterable[LoraPart]) -> Tensor:
         A new tensor of the weight's dtype, on its device.
     """
     made = weight.detach().to(torch.float32, copy=True)
-    for part in parts:
-        delta = part.change.delta(made.device)
-        made.narrow(0, part.start, part.rows).add_(delta, alpha=part.scale)
+    _add(made, parts)
     return made.to(weight.dtype)
 
 
@@ -129,6 +123,16 @@ def merge_lora(network: Flux, parts: Iterable[LoraPart]) -> None:
     }
     for key, changes in by_key.items():
         parameters[key].data = patched(parameters[key].data, changes)
+
+
+def _add(made: Tensor, parts: Iterable[LoraPart], divisor: Tensor | None = None) -> None:
+    """Add changes, divided by column where there is a divisor, to a float32 weight in place."""
+    for part in parts:
+        rows = made.narrow(0, part.start, part.rows)
+        if divisor is None:
+            rows.add_(part.change.delta(made.device), alpha=part.scale)
+        else:
+            rows.addcdiv_(part.change.delta(made.device), divisor, value=part.scale)
 
 
 def _swap(tensor: Tensor) -> Tensor:

@@ -30,13 +30,15 @@ class Kept:
     part: str  # its key in the file
     format: str  # in ComfyUI's words: "float8_e4m3fn", "float8_e5m2" or "nvfp4"
     how: Quantised
+    scales: tuple[Tensor, ...]  # as the file has them
 
-    def tensors(self, stored: Tensor, scales: Sequence[Tensor]) -> dict[str, Tensor]:
+    def tensors(self, stored: Tensor) -> dict[str, Tensor]:
         """Make what a layer reads, by our names.
 
         Raises:
             CheckpointError: a scale cannot be, or a number it makes is not finite.
         """
+        scales = self.scales
         self.how.check(self.part, stored, scales)
         said = json.dumps({"format": self.format}).encode()
         made = {"weight": stored, "comfy_quant": torch.tensor(list(said), dtype=torch.uint8)}
@@ -68,14 +70,14 @@ def choose_kept(
             how = _how(checkpoint, part)
             if how is None:
                 continue
-            found = [scales[name] for name in how.scales]
+            found = tuple(scales[name] for name in how.scales)
             why = _why_not(recipe, checkpoint.shapes[part], how, found, target)
             if why:
                 reasons[part] = why
                 continue
             is_nvfp4 = how.how is restore_nvfp4
             form = "nvfp4" if is_nvfp4 else dtype_name(checkpoint.dtypes[part])
-            kept[key] = Kept(key.removesuffix(".weight"), part, form, how)
+            kept[key] = Kept(key.removesuffix(".weight"), part, form, how, found)
     return kept, reasons
 
 
@@ -88,11 +90,9 @@ def read_kept(
         CheckpointError: a scale cannot be, or a number it makes is not finite.
     """
     by_part = {one.part: one for one in kept}
-    scales = dict(checkpoint.stored([name for one in by_part.values() for name in one.how.scales]))
     state: dict[str, Tensor] = {}
     for part, stored in checkpoint.stored(by_part):
-        one = by_part[part]
-        made = one.tensors(stored, [scales[name] for name in one.how.scales])
+        made = by_part[part].tensors(stored)
         for key, tensor in made.items():  # what says the format is read on the CPU
             state[key] = tensor if key.endswith(".comfy_quant") else tensor.to(device=device)
     return state

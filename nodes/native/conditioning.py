@@ -15,6 +15,7 @@ from torch import Tensor
 from ...flux_core.errors import FamilyMismatchError, SettingError
 from ...flux_core.families import FAMILIES
 from ...flux_core.specs import LatentSpec
+from ...flux_core.tokens.native import own_method
 from ...flux_core.tokens.references import place_references, tile
 from ...flux_core.values import Conditioning, TextFeatures, Tokens
 from ..handles import ModelHandle
@@ -187,7 +188,7 @@ def _references(
     if not packed:
         return (), []
     if method is None:
-        method = "offset" if packed[0].latent.text_axis is None else "index"
+        method = own_method(packed[0].latent)
     if method == "offset":
         return tile(packed, [(one.shape[2], one.shape[3]) for one in latents]), notes
     if method == "index":

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from ...flux_core.tokens.native import native_method
+from ...flux_core.tokens.native import native_method, own_method
 from ...flux_core.tokens.pack import tokens_latent
 from ...flux_core.values import Conditioning
 from .conditioning import AnyConditioning, as_conditioning, is_guidance_off
@@ -40,8 +40,7 @@ def _settings(conditioning: Conditioning, *, is_off: bool) -> tuple[dict[str, An
             notes.append(_BY_HAND)
         settings["reference_latents"] = [tokens_latent(one) for one in conditioning.references]
         # Left unsaid where it is the network's own: a node on the MODEL may have set another.
-        own = "offset" if conditioning.references[0].latent.text_axis is None else "index"
-        if (method or "index") != own:
+        if (method or "index") != own_method(conditioning.references[0].latent):
             settings["reference_latents_method"] = method or "index"
     return settings, notes
 

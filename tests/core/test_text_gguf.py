@@ -37,16 +37,6 @@ PROMPT = "make the circle red"
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> LanguageKit:
-    return samples.qwen_kit(tmp_path_factory.mktemp("qwen"))
-
-
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory: pytest.TempPathFactory) -> LanguageKit:
-    return samples.mistral_kit(tmp_path_factory.mktemp("mistral"))
-
-
-@pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     generator = torch.Generator().manual_seed(7)
     t5 = {

@@ -19,22 +19,11 @@ from glassbox.tests.core.text_gguf_files import (
     tokenizer,
     vocabulary,
 )
-from glassbox.tests.parity import text_language_samples as samples
 from glassbox.tests.parity import text_samples
 from glassbox.tests.parity.text_language_samples import LanguageKit
 from glassbox.tests.parity.text_samples import Kit
 
 EMPTY = (0, (2,), bytes(8))
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> LanguageKit:
-    return samples.qwen_kit(tmp_path_factory.mktemp("qwen"))
-
-
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory: pytest.TempPathFactory) -> LanguageKit:
-    return samples.mistral_kit(tmp_path_factory.mktemp("mistral"))
 
 
 @pytest.fixture(scope="module")

@@ -42,16 +42,6 @@ BESIDE = {
 }
 
 
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> LanguageKit:
-    return samples.qwen_kit(tmp_path_factory.mktemp("qwen"))
-
-
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory: pytest.TempPathFactory) -> LanguageKit:
-    return samples.mistral_kit(tmp_path_factory.mktemp("mistral"))
-
-
 def needed(kit: LanguageKit) -> dict[str, Tensor]:
     return {
         name: value

@@ -31,16 +31,6 @@ DEPTHS = {"qwen3": 36, "mistral3": 40}
 VOCABULARIES = {"qwen3": 151936, "mistral3": 131072}
 
 
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> LanguageKit:
-    return samples.qwen_kit(tmp_path_factory.mktemp("qwen"))
-
-
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory: pytest.TempPathFactory) -> LanguageKit:
-    return samples.mistral_kit(tmp_path_factory.mktemp("mistral"))
-
-
 @pytest.fixture
 def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     read_through = Checkpoint.stream

@@ -13,16 +13,10 @@ from glassbox.flux_core.weights.text_encoders import load_text_encoders
 from glassbox.tests.core.checkpoints import write
 from glassbox.tests.core.quantised_files import State, as_bytes, scaled_float8
 from glassbox.tests.core.test_text_quantised import is_matrix
-from glassbox.tests.parity import text_language_samples as samples
 from glassbox.tests.parity import text_samples
 from glassbox.tests.parity.text_language_samples import LanguageKit
 
 LAYER = "model.layers.0.mlp.up_proj"
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> LanguageKit:
-    return samples.qwen_kit(tmp_path_factory.mktemp("qwen"))
 
 
 Change = Callable[[State], object]

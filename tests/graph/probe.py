@@ -3,6 +3,7 @@
 A probe is a script that a test runs in a process of its own; it prints one JSON object.
 """
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -21,6 +22,14 @@ def load_comfyui() -> None:
     from comfy.cli_args import args
 
     args.cpu = True
+
+
+def load_running() -> None:
+    """Import ComfyUI, and the pack, with the modules that a running ComfyUI has in memory."""
+    load_comfyui()
+    for name in ("comfy.samplers", "latent_preview", "server"):
+        importlib.import_module(name)
+    load_pack()
 
 
 def load_pack() -> ModuleType:

@@ -104,12 +104,9 @@ class Bench:
 
 
 def main() -> None:
-    probe.load_comfyui()
-    for name in ("comfy.samplers", "latent_preview", "server"):  # a running ComfyUI has them all
-        importlib.import_module(name)
+    probe.load_running()
     import torch
 
-    probe.load_pack()
     gc.disable()  # what is freed below is freed without it
     answer: Answer = {}
     with torch.inference_mode():

@@ -5,7 +5,6 @@ good, and handles on the same weights are used in turn.
 """
 
 import gc
-import importlib
 import json
 import tempfile
 import weakref
@@ -73,12 +72,9 @@ class LoraBench(Bench):
 
 
 def main() -> None:
-    probe.load_comfyui()
-    for name in ("comfy.samplers", "latent_preview", "server"):  # a running ComfyUI has them all
-        importlib.import_module(name)
+    probe.load_running()
     import torch
 
-    probe.load_pack()
     gc.disable()
     answer: Answer = {}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:

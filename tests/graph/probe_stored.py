@@ -136,12 +136,9 @@ class StoredBench(Bench):
 
 
 def main() -> None:
-    probe.load_comfyui()
-    for name in ("comfy.samplers", "latent_preview", "server"):  # a running ComfyUI has them all
-        importlib.import_module(name)
+    probe.load_running()
     import torch
 
-    probe.load_pack()
     gc.disable()
     answer: Answer = {}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
