@@ -1,6 +1,14 @@
-"""One small tree of errors: each says what was found, what was needed, and the fix."""
+"""One small tree of errors: each says what was found, what was needed, and the fix.
+
+The library knows settings, not nodes. A fix and a note name a setting in brackets, "set [steps]";
+`name_settings` puts in the words of whoever shows them: the nodes say which node and widget it is.
+"""
+
+import re
+from collections.abc import Mapping
 
 _LONGEST = 600  # characters of one part of a message
+_SETTING = re.compile(r"\[([A-Za-z][A-Za-z0-9_ ]*)\]")
 
 
 def printable(text: str) -> str:
@@ -10,13 +18,23 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def settings_in(text: str) -> tuple[str, ...]:
+    """Names of the settings that a text mentions in brackets, in order."""
+    return tuple(_SETTING.findall(text))
+
+
+def name_settings(text: str, names: Mapping[str, str] | None = None) -> str:
+    """Replace every setting in brackets by what `names` calls it, else by its own name."""
+    return _SETTING.sub(lambda found: (names or {}).get(found[1], found[1]), text)
+
+
 class GlassboxError(ValueError):
     """Base of every error a user can cause and cure.
 
     Args:
         found: what is there, with its numbers.
         needed: what has to be there.
-        fix: which node or setting changes it.
+        fix: what to change, with settings in brackets: "set [steps] to 4."
     """
 
     __module__ = "glassbox"  # people read it: the real one holds the folder of the pack
@@ -26,7 +44,15 @@ class GlassboxError(ValueError):
 
     def __init__(self, found: str, needed: str, fix: str) -> None:
         self.found, self.needed, self.fix = map(printable, (found, needed, fix))
-        super().__init__(f"{self.found} Needed: {self.needed} Fix: {self.fix}")
+        self.settings = settings_in(self.fix)
+        super().__init__(self.found, self.needed, self.fix)
+
+    def __str__(self) -> str:
+        return f"{self.found} Needed: {self.needed} Fix: {name_settings(self.fix)}"
+
+    def name_settings(self, names: Mapping[str, str]) -> None:
+        """Put the fix into the words of whoever shows it."""
+        self.fix = name_settings(self.fix, names)
 
 
 class ShapeError(GlassboxError):

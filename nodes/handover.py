@@ -5,12 +5,13 @@ from typing_extensions import override
 
 from . import host
 from .native.conditioning import AnyConditioning, as_conditioning
+from .settings import Node
 from .sockets import conditioning_input
 
 _CATEGORY = "FLUX Glassbox/native"
 
 
-class ToConditioning(io.ComfyNode):
+class ToConditioning(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -42,7 +43,7 @@ class ToConditioning(io.ComfyNode):
         return io.NodeOutput(native, report)
 
 
-class ApplyToModel(io.ComfyNode):
+class ApplyToModel(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:

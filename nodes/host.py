@@ -29,6 +29,7 @@ from ..flux_core.sampling.solver import Step
 from ..flux_core.specs import LatentSpec
 from ..flux_core.tokens.pack import unpack_tokens
 from ..flux_core.values import Tokens
+from .settings import in_words
 
 if TYPE_CHECKING:
     from ..flux_core.weights.lora_parts import LoraPart
@@ -343,7 +344,9 @@ def tell(messages: Sequence[str]) -> None:
 
     server, context = getattr(PromptServer, "instance", None), get_executing_context()
     if messages and server is not None and context is not None:
-        server.send_progress_text("\n".join(messages), context.node_id, server.client_id)
+        server.send_progress_text(
+            "\n".join(map(in_words, messages)), context.node_id, server.client_id
+        )
 
 
 def is_prompt_running() -> bool:

@@ -16,12 +16,13 @@ from ..flux_core.values import Fit
 from . import host
 from .native.latent import AnyTokens, as_tokens
 from .native.vae import AnyAutoencoder, as_autoencoder
+from .settings import Node
 from .sockets import FitSocket, TokensSocket, autoencoder_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/image"
 
 
-class FitImage(io.ComfyNode):
+class FitImage(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -107,7 +108,7 @@ def _fit(image: Image, size: str, exact: tuple[int, int], method: FitMethod) -> 
     return fit_image(image, exact, method, TOKEN_PX)
 
 
-class EncodeAndPack(io.ComfyNode):
+class EncodeAndPack(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -150,7 +151,7 @@ class EncodeAndPack(io.ComfyNode):
         return io.NodeOutput(latent_tokens(latent, encoder.latent))
 
 
-class UnpackAndDecode(io.ComfyNode):
+class UnpackAndDecode(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:

@@ -3,7 +3,9 @@
 from comfy_api.latest import io
 from typing_extensions import override
 
-from . import host, loading
+from . import host
+from .runtime import loading
+from .settings import Node
 from .sockets import AutoencoderSocket, ModelSocket, TextEncodersSocket
 
 _FAMILIES = [  # saved graphs hold these: new ones go to the end
@@ -47,7 +49,7 @@ def _report_output() -> io.String.Output:
     return io.String.Output("report", tooltip="What was found in the file, and what was guessed.")
 
 
-class LoadNano(io.ComfyNode):
+class LoadNano(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -80,7 +82,7 @@ class LoadNano(io.ComfyNode):
         return io.NodeOutput(*loading.load_nano(_NANO[name]))
 
 
-class LoadModel(io.ComfyNode):
+class LoadModel(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -145,7 +147,7 @@ class LoadModel(io.ComfyNode):
         return io.NodeOutput(model, model.report)
 
 
-class LoadTextEncoders(io.ComfyNode):
+class LoadTextEncoders(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -196,7 +198,7 @@ class LoadTextEncoders(io.ComfyNode):
         return io.NodeOutput(encoders, encoders.report)
 
 
-class LoadAutoencoder(io.ComfyNode):
+class LoadAutoencoder(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:

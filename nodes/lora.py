@@ -3,14 +3,16 @@
 from comfy_api.latest import io
 from typing_extensions import override
 
-from . import host, loading
+from . import host
 from .native.handle import AnyModel
+from .runtime import loading
+from .settings import Node
 from .sockets import ModelSocket, model_input
 
 _LIMIT = 100.0  # ComfyUI's own of a LoRA's strength
 
 
-class ApplyLoRA(io.ComfyNode):
+class ApplyLoRA(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:

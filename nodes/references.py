@@ -11,13 +11,14 @@ from ..flux_core.weights.names import shorten
 from . import host
 from .native.conditioning import AnyText, as_text
 from .native.latent import as_tokens, is_latent
+from .settings import Node
 from .sockets import ConditioningSocket, text_input, tokens_input
 
 _MAX_REFERENCES = 100  # ComfyUI's own limit for inputs that grow
 _NAMES = [f"reference_{number}" for number in range(1, _MAX_REFERENCES + 1)]
 
 
-class ReferenceConditioner(io.ComfyNode):
+class ReferenceConditioner(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:

@@ -10,11 +10,12 @@ from ..flux_core.sampling.noise import MAX_SEED, make_noise
 from ..flux_core.sampling.sigmas import SigmaKind, make_sigmas
 from ..flux_core.sampling.solver import SOLVERS, SolverName
 from . import host
-from .kept import REFERENCE_KV, ReferenceKV
 from .native.conditioning import AnyConditioning, as_conditioning
 from .native.handle import AnyModel, as_model
 from .native.latent import AnyTokens, as_tokens
 from .native.skipped import shift_notes
+from .runtime.reference_cache import REFERENCE_KV, ReferenceKV
+from .settings import Node
 from .sockets import TokensSocket, conditioning_input, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/sampling"
@@ -54,7 +55,7 @@ def _reference_kv_input() -> io.Combo.Input:
     )
 
 
-class Noise(io.ComfyNode):
+class Noise(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -102,7 +103,7 @@ class Noise(io.ComfyNode):
         return io.NodeOutput(make_noise(latent, height, width, seed, batch_size))
 
 
-class Schedule(io.ComfyNode):
+class Schedule(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -164,7 +165,7 @@ class Schedule(io.ComfyNode):
         return io.NodeOutput(make_sigmas(family.schedule, count, steps, kind=kind, by_hand=sigmas))
 
 
-class SampleGuided(io.ComfyNode):
+class SampleGuided(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -207,7 +208,7 @@ class SampleGuided(io.ComfyNode):
         return io.NodeOutput(tokens)
 
 
-class SampleTrueCFG(io.ComfyNode):
+class SampleTrueCFG(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..flux_core import values
-from . import handles
+from .runtime import handles
 
 
 @io.comfytype(io_type="GLASSBOX_MODEL")

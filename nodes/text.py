@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from ..flux_core.values import TokenCount
 from . import host
-from .handles import TextEncodersHandle
+from .runtime.handles import TextEncodersHandle
+from .settings import Node
 from .sockets import TextSocket, text_encoders_input
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 AnyTextEncoders: TypeAlias = TextEncodersHandle | Any  # the other is ComfyUI's CLIP
 
 
-class EncodeText(io.ComfyNode):
+class EncodeText(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:

@@ -12,6 +12,7 @@ from . import host
 from .native.conditioning import AnyConditioning, as_conditioning
 from .native.handle import AnyModel, as_model
 from .native.latent import AnyTokens, as_tokens
+from .settings import Node
 from .sockets import TokensSocket, conditioning_input, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/tokens"
@@ -30,7 +31,7 @@ def _place_input(name: str, default: float, tooltip: str) -> io.Float.Input:
     )
 
 
-class PositionIds(io.ComfyNode):
+class PositionIds(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -61,7 +62,7 @@ class PositionIds(io.ComfyNode):
         return io.NodeOutput(place(as_tokens(tokens), index=index, row=row, column=column))
 
 
-class PackLatent(io.ComfyNode):
+class PackLatent(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -96,7 +97,7 @@ class PackLatent(io.ComfyNode):
         return io.NodeOutput(latent_tokens(samples, LATENTS[latent_format]))
 
 
-class UnpackLatent(io.ComfyNode):
+class UnpackLatent(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -117,7 +118,7 @@ class UnpackLatent(io.ComfyNode):
         return io.NodeOutput({"samples": tokens_latent(tokens)})
 
 
-class InspectTokens(io.ComfyNode):
+class InspectTokens(Node):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:

@@ -18,7 +18,7 @@ from ...flux_core.specs import LatentSpec
 from ...flux_core.tokens.native import own_method
 from ...flux_core.tokens.references import place_references, tile
 from ...flux_core.values import Conditioning, TextFeatures, Tokens
-from ..handles import ModelHandle
+from ..runtime.handles import ModelHandle
 from .entry import (
     Settings,
     check_keys,

@@ -14,8 +14,8 @@ from ...flux_core.sampling.solver import SolverName
 from ...flux_core.types import Sigmas
 from ...flux_core.values import Conditioning, Tokens
 from .. import host
-from ..handles import ModelHandle
-from ..kept import ReferenceKV, choose
+from ..runtime.handles import ModelHandle
+from ..runtime.reference_cache import ReferenceKV, choose
 from .lora import native_with_changes
 
 if TYPE_CHECKING:

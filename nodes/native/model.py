@@ -13,7 +13,7 @@ from ...flux_core.specs import LatentSpec
 from ...flux_core.tokens.native import NativePlaces
 from ...flux_core.values import Conditioning
 from .. import host
-from ..not_native import NotNative
+from ..runtime.not_native import NotNative
 
 _NETWORK = ("comfy.ldm.flux.model", "Flux")
 _BASES = ("Flux", "Flux2")  # in comfy.model_base; others share the network with other rules

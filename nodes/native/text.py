@@ -27,7 +27,7 @@ from ...flux_core.text.tokenizers import (
 )
 from ...flux_core.values import TextFeatures
 from .. import host
-from ..handles import text_to_outputs
+from ..runtime.handles import text_to_outputs
 
 _MODULE = "comfy.text_encoders.flux"
 _PAIR, _LANGUAGE = "FluxClipModel", "Flux2TEModel"  # whatever is derived from them, too

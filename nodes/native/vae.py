@@ -14,7 +14,7 @@ from ...flux_core.image.pixels import check_image
 from ...flux_core.specs import LatentSpec
 from ...flux_core.types import Image, Latent
 from .. import host
-from ..handles import AutoencoderHandle
+from ..runtime.handles import AutoencoderHandle
 
 _OVERFLOW = "look at the node that made the tokens, or start ComfyUI with --fp32-vae."
 _LOAD = "load ae.safetensors or flux2-vae.safetensors with 'Load VAE'."

@@ -26,8 +26,11 @@ class Bench:
 
     def __init__(self) -> None:
         self.families = _module("flux_core.families")
-        self.handles, self.host = _module("nodes.handles"), _module("nodes.host")
-        self.kept, self.plan = _module("nodes.kept"), _module("flux_core.transformer.plan")
+        self.handles, self.host = _module("nodes.runtime.handles"), _module("nodes.host")
+        self.kept, self.plan = (
+            _module("nodes.runtime.reference_cache"),
+            _module("flux_core.transformer.plan"),
+        )
         self.family = self.families.FLUX2_KLEIN_9B_KV
         self.spec = replace(
             self.family.transformer,

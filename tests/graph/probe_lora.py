@@ -21,7 +21,7 @@ class LoraBench(Bench):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
-        self.lora, self.parts = _module("flux_core.weights.lora"), _module("nodes.loading")
+        self.lora, self.parts = _module("flux_core.weights.lora"), _module("nodes.runtime.loading")
         self.strengths = _module("flux_core.weights.lora_strengths")
 
     def file(self, name: str, seed: int) -> Path:

@@ -64,8 +64,8 @@ class Bench:
         part = f"{probe.PACK}.flux_core"
         self.load = importlib.import_module(f"{part}.weights.text_encoders").load_text_encoders
         self.families = importlib.import_module(f"{part}.families")
-        self.handles = importlib.import_module(f"{probe.PACK}.nodes.handles")
-        self.loading = importlib.import_module(f"{probe.PACK}.nodes.loading")
+        self.handles = importlib.import_module(f"{probe.PACK}.nodes.runtime.handles")
+        self.loading = importlib.import_module(f"{probe.PACK}.nodes.runtime.loading")
         pair = make_pair()
         qwen = make_language("qwen3_4b", num_hidden_layers=28)
         mistral = make_language("mistral3_24b", num_hidden_layers=31, vocab_size=640)

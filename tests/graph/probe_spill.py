@@ -39,8 +39,8 @@ class World:
         self.ram, self.room = 10**9, 10**9  # room: tensors that still fit, whatever is counted
         self.pinned: set[int] = set()
         self.mm = importlib.import_module("comfy.model_management")
-        self.replaceable = importlib.import_module(f"{probe.PACK}.nodes.replaceable")
-        self.kept = importlib.import_module(f"{probe.PACK}.nodes.kept")
+        self.replaceable = importlib.import_module(f"{probe.PACK}.nodes.runtime.replaceable")
+        self.kept = importlib.import_module(f"{probe.PACK}.nodes.runtime.reference_cache")
         self.is_running = True
         importlib.import_module(f"{probe.PACK}.nodes.host").is_prompt_running = lambda: (
             self.is_running

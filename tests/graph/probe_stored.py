@@ -38,8 +38,8 @@ class StoredBench(Bench):
             context_width=48,
             pooled_width=32 if own.pooled_width else 0,
         )
-        self.loading = _module("nodes.loading")
-        self.stored = _module("nodes.stored")
+        self.loading = _module("nodes.runtime.loading")
+        self.stored = _module("nodes.runtime.quantised")
 
     def file(self, form: str) -> Path:
         """Write random weights, the blocks' matrices quantised, once."""

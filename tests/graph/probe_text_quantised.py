@@ -69,10 +69,10 @@ def _features(file: Path, nodes: dict[str, Any]) -> dict[str, float]:
     part = f"{probe.PACK}.flux_core"
     load = importlib.import_module(f"{part}.weights.text_encoders").load_text_encoders
     spec = replace(importlib.import_module(f"{part}.families").QWEN3_4B, **SPEC)
-    loading = importlib.import_module(f"{probe.PACK}.nodes.loading")
+    loading = importlib.import_module(f"{probe.PACK}.nodes.runtime.loading")
     qwen = loading.native_tokenizers().qwen
     ours = load([file], qwen_tokenizer=qwen, text=spec, dtype=torch.float32)
-    handle = importlib.import_module(f"{probe.PACK}.nodes.handles").TextEncodersHandle(ours)
+    handle = importlib.import_module(f"{probe.PACK}.nodes.runtime.handles").TextEncodersHandle(ours)
     encode = nodes["GlassboxEncodeText"].execute
     texts = [
         encode(text_encoders=one, prompt="make the circle red", prompt_2="", t5_tokens=0).result[0]

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
-from ..flux_core.errors import CheckpointError
-from ..flux_core.families import FAMILIES
-from ..flux_core.specs import TextSpec
-from . import host
+from ...flux_core.errors import CheckpointError
+from ...flux_core.families import FAMILIES
+from ...flux_core.specs import TextSpec
+from .. import host
+from ..native.handle import AnyModel, NativeModelHandle, as_model
 from .handles import AutoencoderHandle, ModelHandle, TextEncodersHandle
-from .native.handle import AnyModel, NativeModelHandle, as_model
 
 if TYPE_CHECKING:
-    from ..flux_core.weights.files import Checkpoint
+    from ...flux_core.weights.files import Checkpoint
 
 AS_STORED = "as stored"
 _Handle = TypeVar("_Handle", bound=ModelHandle | TextEncodersHandle | AutoencoderHandle)
@@ -40,7 +40,7 @@ def load_model(path: Path, family: str, dtype: str, weights: str = AS_STORED) ->
 
     Quantised weights stay in memory as they are stored, or become plain.
     """
-    from ..flux_core.weights.load import load_flux
+    from ...flux_core.weights.load import load_flux
 
     def load() -> ModelHandle:
         chosen = host.model_dtype(dtype, parameters_of([path]))
@@ -59,7 +59,7 @@ def load_model(path: Path, family: str, dtype: str, weights: str = AS_STORED) ->
 
 def load_autoencoder(path: Path, dtype: str) -> AutoencoderHandle:
     """Load an autoencoder."""
-    from ..flux_core.weights import load as weights
+    from ...flux_core.weights import load as weights
 
     def load() -> AutoencoderHandle:
         chosen = host.autoencoder_dtype(dtype)
@@ -95,8 +95,8 @@ def load_text_encoders(
 
     `text` says how long its text is, where the files do not: those of the embedded models.
     """
-    from ..flux_core.weights import text_encoders as weights
-    from ..flux_core.weights.text_files import open_text
+    from ...flux_core.weights import text_encoders as weights
+    from ...flux_core.weights.text_files import open_text
 
     def load() -> TextEncodersHandle:
         encoders = weights.load_text_encoders(
@@ -116,7 +116,7 @@ def load_text_encoders(
 
 def load_nano(name: str) -> tuple[ModelHandle, TextEncodersHandle, AutoencoderHandle]:
     """Load an embedded model by its family: its transformer, text encoders and autoencoder."""
-    from ..flux_core.nano import paths
+    from ...flux_core.nano import paths
 
     family, files = FAMILIES[name], paths.FILES[name]
     tokenizers = Tokenizers(paths.CLIP_TOKENIZER, paths.T5_TOKENIZER, paths.QWEN_TOKENIZER)
@@ -136,8 +136,8 @@ def apply_lora(
         GlassboxError: the LoRA is of another model, broken or half, a setting cannot be read, or
             a native MODEL is not FLUX.
     """
-    from ..flux_core.weights.lora import load_lora
-    from ..flux_core.weights.lora_strengths import parse_strengths
+    from ...flux_core.weights.lora import load_lora
+    from ...flux_core.weights.lora_strengths import parse_strengths
 
     target = as_model(model)
     blocks = parse_strengths(block_strengths, target.network.spec)
@@ -173,7 +173,7 @@ def parameters_of(
     files: Sequence[Path], open_file: "Callable[[Path], Checkpoint] | None" = None
 ) -> int:
     """Count the numbers in model files from their headers; those of transformers by default."""
-    from ..flux_core.weights.quantised_layers import open_plain
+    from ...flux_core.weights.quantised_layers import open_plain
 
     opened = map(open_file or open_plain, files)
     return sum(math.prod(shape) for one in opened for shape in one.shapes.values())
@@ -185,7 +185,7 @@ def identity(files: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
     Raises:
         CheckpointError: one is missing, or is no model file.
     """
-    from ..flux_core.weights.files import open_checkpoint
+    from ...flux_core.weights.files import open_checkpoint
 
     parts = [part.resolve() for path in files for part in open_checkpoint(path).files]
     return tuple((str(part), part.stat().st_size, part.stat().st_mtime_ns) for part in parts)

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..flux_core import memory
-from ..flux_core.checks import check_finite, check_latent, check_sides
-from ..flux_core.image.pixels import check_image, to_image, to_pixels
-from ..flux_core.sampling.denoise import denoise, finish, sampling_notes
-from ..flux_core.sampling.guidance import TrueCFG
-from ..flux_core.sampling.solver import SolverName
-from ..flux_core.specs import LatentSpec
-from ..flux_core.types import Image, Latent, Sigmas
-from ..flux_core.values import Conditioning, TextFeatures, Tokens
-from . import host
-from .kept import KeepDuringRun, ReferenceKV, ReferenceStore, choose, keeping
+from ...flux_core import memory
+from ...flux_core.checks import check_finite, check_latent, check_sides
+from ...flux_core.image.pixels import check_image, to_image, to_pixels
+from ...flux_core.sampling.denoise import denoise, finish, sampling_notes
+from ...flux_core.sampling.guidance import TrueCFG
+from ...flux_core.sampling.solver import SolverName
+from ...flux_core.specs import LatentSpec
+from ...flux_core.types import Image, Latent, Sigmas
+from ...flux_core.values import Conditioning, TextFeatures, Tokens
+from .. import host
 from .not_native import NotNative
-from .stored import changed_at_use, made_bytes
+from .quantised import changed_at_use, made_bytes
+from .reference_cache import KeepDuringRun, ReferenceKV, ReferenceStore, choose, keeping
 
 if TYPE_CHECKING:
-    from ..flux_core.image.autoencoder import Autoencoder
-    from ..flux_core.text.encoders import PromptEncoder
-    from ..flux_core.transformer.flux import Flux
-    from ..flux_core.weights.lora_parts import LoraPart
+    from ...flux_core.image.autoencoder import Autoencoder
+    from ...flux_core.text.encoders import PromptEncoder
+    from ...flux_core.transformer.flux import Flux
+    from ...flux_core.weights.lora_parts import LoraPart
 
 
 _OVERFLOW = "float16 overflows: set dtype to bfloat16 or float32 in 'Load Autoencoder (FLUX)'."

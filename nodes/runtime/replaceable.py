@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from . import host
+from .. import host
 
 _SHARE_TO_SPILL = 0.25  # of the CPU's free memory, that what is pushed off may fill at once
 

@@ -6,10 +6,10 @@ Apply LoRA do not. A native node then fails at the first thing it asks a MODEL f
 
 from typing import TYPE_CHECKING, Any
 
-from ..flux_core.errors import SettingError
+from ...flux_core.errors import SettingError
 
 if TYPE_CHECKING:
-    from ..flux_core.specs import FluxFamily
+    from ...flux_core.specs import FluxFamily
 
 
 class NotNativeError(SettingError, AttributeError):

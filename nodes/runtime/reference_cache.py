@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..flux_core.errors import SettingError
-from ..flux_core.families import FAMILIES
-from ..flux_core.specs import FluxFamily
-from ..flux_core.values import Tokens
-from . import host
+from ...flux_core.errors import SettingError
+from ...flux_core.families import FAMILIES
+from ...flux_core.specs import FluxFamily
+from ...flux_core.values import Tokens
+from .. import host
 from .replaceable import ReplaceablePatcher
 
 if TYPE_CHECKING:
-    from ..flux_core.transformer.blocks import KeyValue
-    from ..flux_core.transformer.flux import Flux
-    from ..flux_core.transformer.plan import ReferencePass
+    from ...flux_core.transformer.blocks import KeyValue
+    from ...flux_core.transformer.flux import Flux
+    from ...flux_core.transformer.plan import ReferencePass
 
 ReferenceKV = Literal["auto", "kept", "this run", "every step"]
 REFERENCE_KV: tuple[ReferenceKV, ...] = get_args(ReferenceKV)
@@ -83,7 +83,7 @@ class _Seen:
         self.patcher, self.computed = patcher, computed
 
     def __iter__(self) -> Iterator["KeyValue"]:
-        from ..flux_core.transformer.blocks import KeyValue
+        from ...flux_core.transformer.blocks import KeyValue
 
         if self.patcher.model.is_empty:  # dropped in the middle of the run
             yield from self.computed

@@ -1,0 +1,1 @@
+"""What lives between nodes: models in memory, and what is kept beside them."""

@@ -1,0 +1,102 @@
+"""Which node and widget each setting is that the library names in brackets.
+
+A note or an error of `flux_core` says "set [steps]"; whoever reads it in ComfyUI is told "set
+steps on 'Schedule (FLUX)'".
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..flux_core.errors import GlassboxError, name_settings
+
+_FIT, _NOISE, _SCHEDULE = "'Fit Image (FLUX)'", "'Noise (FLUX)'", "'Schedule (FLUX)'"
+_CONDITIONER, _CFG = "'Reference Conditioner (FLUX)'", "'Sample True CFG (FLUX)'"
+_PLACE = "'Position Ids (FLUX)'"
+
+SETTINGS = {
+    # nodes as a whole
+    "model loader": "'Load Model (FLUX)'",
+    "text encoder loader": "'Load Text Encoders (FLUX)'",
+    "autoencoder loader": "'Load Autoencoder (FLUX)'",
+    "nano loader": "'Load Nano (FLUX)'",
+    "LoRA loader": "'Apply LoRA (FLUX)'",
+    "text encoding": "'Encode Text (FLUX)'",
+    "image fit": _FIT,
+    "image encoding": "'Encode and Pack (FLUX)'",
+    "image decoding": "'Unpack and Decode (FLUX)'",
+    "latent packing": "'Pack Latent (FLUX)'",
+    "position ids": _PLACE,
+    "conditioner": _CONDITIONER,
+    "noise": _NOISE,
+    "schedule": _SCHEDULE,
+    "guided sampling": "'Sample Guided (FLUX)'",
+    "true CFG": _CFG,
+    "native conditioning": "'To Conditioning (FLUX)'",
+    "native positions": "'Apply To Model (FLUX)'",
+    # widgets and inputs
+    "family": "family on 'Load Model (FLUX)'",
+    "model dtype": "dtype on 'Load Model (FLUX)'",
+    "text encoder dtype": "dtype on 'Load Text Encoders (FLUX)'",
+    "autoencoder dtype": "dtype on 'Load Autoencoder (FLUX)'",
+    "block_strengths": "block_strengths on 'Apply LoRA (FLUX)'",
+    "prompt": "the prompt of 'Encode Text (FLUX)'",
+    "text tokens": "t5_tokens on 'Encode Text (FLUX)'",
+    "fit size": f"size on {_FIT}",
+    "fit method": f"method on {_FIT}",
+    "fit width": f"width on {_FIT}",
+    "fit height": f"height on {_FIT}",
+    "latent_format": "latent_format on 'Pack Latent (FLUX)'",
+    "index": f"index on {_PLACE}",
+    "row": f"row on {_PLACE}",
+    "column": f"column on {_PLACE}",
+    "guidance": f"guidance on {_CONDITIONER}",
+    "placement": f"placement on {_CONDITIONER}",
+    "references": f"the references of {_CONDITIONER}",
+    "width": f"width on {_NOISE}",
+    "height": f"height on {_NOISE}",
+    "seed": f"seed on {_NOISE}",
+    "batch_size": f"batch_size on {_NOISE}",
+    "steps": f"steps on {_SCHEDULE}",
+    "schedule kind": f"kind on {_SCHEDULE}",
+    "sigmas": f"sigmas on {_SCHEDULE}",
+    "denoise": f"denoise on {_SCHEDULE}",
+    "cfg": f"cfg on {_CFG}",
+    "cfg start": f"start on {_CFG}",
+    "cfg end": f"end on {_CFG}",
+    "passes": f"passes on {_CFG}",
+    "solver": "solver on the sampler",
+    "sampler": "sampler on the sampler",
+    "start picture": "start_tokens on the sampler",
+    "reference_kv": "reference_kv on the sampler",
+}
+
+
+def in_words(text: str) -> str:
+    """Say a note of the library with the nodes and widgets that its settings are."""
+    return name_settings(text, SETTINGS)
+
+
+@contextmanager
+def settings_named() -> Generator[None, None, None]:
+    """Let errors of the library that leave this block name nodes and widgets."""
+    try:
+        yield
+    except GlassboxError as error:
+        error.name_settings(SETTINGS)
+        raise
+
+
+class Node(io.ComfyNode):
+    """Base of every node: errors of the library leave it with the names of nodes and widgets."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls).get("execute")
+        # ComfyUI makes a locked copy of the class for every run, with the same function in it.
+        if own is not None and all(
+            vars(base).get("execute") is not own for base in cls.__mro__[1:]
+        ):
+            setattr(cls, "execute", classmethod(settings_named()(own.__func__)))  # noqa: B010
