@@ -144,6 +144,7 @@ FLUX2_LATENT = LatentSpec(
     text_axis=3,
     first_index=10.0,
     index_step=10.0,
+    placement="index",
     reference=FLUX2_ONE_REFERENCE,
 )
 NANO_FLUX2_LATENT = replace(
@@ -214,9 +215,7 @@ QWEN3_8B = LanguageModelSpec(
 QWEN3_4B = replace(QWEN3_8B, title="Qwen3 4B", hidden=2560, ffn=9728)
 LANGUAGE_MODELS = (MISTRAL_SMALL_3, QWEN3_8B, QWEN3_4B)
 
-_KLEIN_REFERENCES = ReferenceSpec(
-    trained=4, placement="index", several_px=FLUX2_SEVERAL_REFERENCES.most_px
-)
+_KLEIN_REFERENCES = ReferenceSpec(trained=4, several_px=FLUX2_SEVERAL_REFERENCES.most_px)
 _FLUX2_REFERENCES = replace(_KLEIN_REFERENCES, trained=6)  # dev: recommended at most
 FLUX2_DEV = FluxFamily(
     name="flux2-dev",
@@ -251,9 +250,7 @@ FLUX2_KLEIN_9B_KV = replace(
     FLUX2_KLEIN_9B,
     name="flux2-klein-9b-kv",
     title="FLUX.2 [klein] 9B KV",
-    references=replace(
-        _KLEIN_REFERENCES, sequence=("text", "reference", "target"), see_only_themselves=True
-    ),
+    references=replace(_KLEIN_REFERENCES, sequence=("text", "reference", "target"), isolated=True),
     file_hints=("klein-9b-kv", "klein-kv"),
 )
 FLUX2_KLEIN_BASE_9B = replace(

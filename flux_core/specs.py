@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Placement = Literal["as wired", "offset", "index", "single"]
+from torch import Tensor
+
+Placement = Literal["as wired", "offset", "index", "single", "auto"]
 SegmentKind = Literal["text", "target", "reference"]
 Guidance = Literal["embedded", "true cfg", "none"]
 
@@ -32,9 +34,18 @@ class LatentSpec:
     text_axis: int | None = None  # the id axis that counts text tokens; None: text stays at 0
     first_index: float  # where references begin on the first id axis; the target is at 0
     index_step: float  # from one reference to the next, for placement "index"
+    placement: Placement = "offset"  # of references, where nobody says another
     reference: ReferenceSize | None = None  # what is taken as a reference; None: any size
     # Red, green, blue in -1..1 from each scaled channel, then what is added; () = ComfyUI's own.
     preview_rgb: tuple[tuple[float, float, float], ...] = ()
+
+    def to_network(self, values: Tensor) -> Tensor:
+        """Scale and shift a latent, or its tokens, as the transformer reads it; float32."""
+        return (values.float() - self.shift) * self.scale
+
+    def from_network(self, values: Tensor) -> Tensor:
+        """The inverse of `to_network`: the autoencoder's latent."""
+        return values / self.scale + self.shift
 
     @property
     def token_width(self) -> int:
@@ -189,11 +200,10 @@ class ReferenceSpec:
 
     trained: int  # the most a picture had in training, or that its maker recommends
     several_px: int = 0  # the most pixels of each where there are several; 0: no such limit
-    placement: Placement = "single"
     sequence: tuple[SegmentKind, ...] = ("text", "target", "reference")
-    # References see references only, at t = 0: their keys and values hold for every step, prompt
-    # and size.
-    see_only_themselves: bool = False
+    # Isolated references see references only, at t = 0: their keys and values hold for every
+    # step, prompt and size.
+    isolated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

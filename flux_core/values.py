@@ -34,17 +34,47 @@ class TextFeatures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """A picture, or noise, as a sequence of tokens with their places.
+    """An image, or noise, as a sequence of tokens with their position ids.
 
-    Values of a picture are the autoencoder's latent as it is (ComfyUI's LATENT convention): the
+    Values of an image are the autoencoder's latent as it is (ComfyUI's LATENT convention): the
     transformer's scale and shift are applied inside the plan. Noise is standard normal.
     """
 
     values: TokenValues
     ids: Ids
-    grid: tuple[int, int]  # rows, columns
+    grid: tuple[int, int]  # rows, columns; where tokens lie, not how many there are
     latent: LatentSpec
     is_noise: bool = False
+    cells: Tensor | None = None  # (N,) int64: the cells that are present, row by row; None: all
+
+    @property
+    def count(self) -> int:
+        """Tokens of one image."""
+        return self.ids.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """An image that every step sees, and how it is seen; the defaults change nothing."""
+
+    tokens: Tokens
+    name: str = ""
+    strength: float = 1.0
+    mask: Tensor | None = None  # (N,) 0..1, a weight for each token
+    steps: tuple[float, float] = (0.0, 1.0)  # the part of the steps that sees it
+    blocks: tuple[int, ...] | None = None  # the blocks that see it, doubles first; None: all
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of what is not at its default: a network that reads it says so in `supports`."""
+        asked = {
+            "strength": self.strength != 1.0,
+            "mask": self.mask is not None,
+            "steps": self.steps != (0.0, 1.0),
+            "blocks": self.blocks is not None,
+            "dropped tokens": self.tokens.cells is not None,
+        }
+        return tuple(name for name, is_asked in asked.items() if is_asked)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +82,8 @@ class Conditioning:
     """What every step sees beside the noisy tokens."""
 
     text: TextFeatures
-    references: tuple[Tokens, ...] = ()
-    guidance: float | None = None
+    references: tuple[Reference, ...] = ()
+    guidance: float | None = None  # None: the model's default
     notes: tuple[str, ...] = ()  # what became of it that one may not expect, said by the sampler
 
     def __post_init__(self) -> None:
@@ -62,7 +92,7 @@ class Conditioning:
             raise SettingError(
                 f"guidance is {self.guidance}.",
                 f"a number from 0 to {MAX_GUIDANCE:g}.",
-                "set it in 'Reference Conditioner (FLUX)'.",
+                "set [guidance].",
             )
 
 

@@ -25,7 +25,7 @@ from ..flux_core.errors import CheckpointError, SettingError
 from ..flux_core.memory import require_memory
 from ..flux_core.nano.paths import DIFFUSION_MODELS
 from ..flux_core.operations import Operations
-from ..flux_core.sampling.solver import Step
+from ..flux_core.sampling.solvers import Step
 from ..flux_core.specs import LatentSpec
 from ..flux_core.tokens.pack import unpack_tokens
 from ..flux_core.values import Tokens

@@ -8,7 +8,7 @@ from ..flux_core.memory import noise_bytes
 from ..flux_core.sampling.guidance import Passes, TrueCFG
 from ..flux_core.sampling.noise import MAX_SEED, make_noise
 from ..flux_core.sampling.sigmas import SigmaKind, make_sigmas
-from ..flux_core.sampling.solver import SOLVERS, SolverName
+from ..flux_core.sampling.solvers import SOLVERS, SolverName
 from . import host
 from .native.conditioning import AnyConditioning, as_conditioning
 from .native.handle import AnyModel, as_model

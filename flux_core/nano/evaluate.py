@@ -21,15 +21,16 @@ from torch import Tensor
 from ..families import NANO_KLEIN, NANO_KONTEXT
 from ..image.autoencoder import Autoencoder
 from ..image.pixels import to_image, to_pixels
-from ..sampling.denoise import denoise, finish
+from ..sampling.job import Job
 from ..sampling.noise import make_noise
+from ..sampling.run import finish, run
 from ..sampling.sigmas import flux_sigmas
 from ..specs import FluxFamily
 from ..text.encoders import PromptEncoder
 from ..tokens.pack import latent_tokens, tokens_latent
 from ..tokens.references import place_references
 from ..transformer.flux import Flux
-from ..values import Conditioning, TextFeatures
+from ..values import Conditioning, Reference, TextFeatures
 from ..weights.load import load_autoencoder, load_flux
 from ..weights.text_encoders import load_text_encoders
 from . import paths
@@ -102,12 +103,16 @@ def run_edits(
     )
     latents = [model.autoencoder.encode(to_pixels(one)) for one in pictures]
     seen = [latent_tokens(latent, family.latent) for latent in latents]
-    references = place_references(seen, family.references.placement)
+    references = place_references(seen, "auto")
     noise = make_noise(family.latent, SIDE_PX, SIDE_PX, seed, len(prompts))
     sigmas = flux_sigmas(family.schedule, noise.values.shape[1], steps)
-    wanted = Conditioning(text=text, references=references, guidance=family.default_guidance)
+    wanted = Conditioning(
+        text=text,
+        references=tuple(Reference(tokens=one) for one in references),
+        guidance=family.default_guidance,
+    )
     x = noise.values
-    for step in denoise(model.network, wanted, noise, sigmas):
+    for step in run(model.network, Job(conditioning=wanted, noise=noise, sigmas=sigmas)):
         x = step.x
     return to_image(model.autoencoder.decode(tokens_latent(finish(x, noise))))
 

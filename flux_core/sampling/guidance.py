@@ -13,20 +13,26 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError, ShapeError
-from ..specs import FluxFamily, LatentSpec, TransformerSpec
-from ..types import Sigmas, TokenValues
-from ..values import MAX_GUIDANCE, Conditioning, Tokens
+from ..specs import FluxFamily, TransformerSpec
+from ..transformer.plan import step_of
+from ..types import TokenValues
+from ..values import MAX_GUIDANCE, Conditioning, Reference, Tokens
 
 Passes = Literal["batched", "in turn"]
 
-_IN_TURN = "set passes to 'in turn' in 'Sample True CFG (FLUX)'."
+_IN_TURN = "set [passes] to 'in turn'."
 
 
 class StepPlan(Protocol):
     """One conditioning, ready for every step: `Plan`, or what this file makes of plans."""
 
-    def velocity(self, x: TokenValues, step: int) -> TokenValues:
-        """Predict noise - picture for x (B, N, D) at sigmas[step]."""
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    def velocity(self, x: TokenValues, sigma: float) -> TokenValues:
+        """Predicts noise - image for x (B, N, D) at a noise level."""
         ...
 
 
@@ -35,11 +41,16 @@ class Network(Protocol):
 
     family: FluxFamily
     spec: TransformerSpec
+    supports: frozenset[str]  # the `Reference.controls` that it follows
 
     def plans(
-        self, conditionings: Sequence[Conditioning], target: Tokens, sigmas: Sigmas
+        self,
+        conditionings: Sequence[Conditioning],
+        target: Tokens,
+        sigmas: Sequence[float],
+        asked: Sequence[float] | None = None,
     ) -> Sequence[StepPlan]:
-        """Make one plan for each conditioning."""
+        """Makes one plan for each conditioning."""
         ...
 
 
@@ -66,23 +77,24 @@ class TrueCFG:
     passes: Passes = "batched"
 
     def __post_init__(self) -> None:
-        node = "set it in 'Sample True CFG (FLUX)'."
         if not 0.0 <= self.scale <= MAX_GUIDANCE:
             needed = f"a number from 0 to {MAX_GUIDANCE:g}."
-            raise SettingError(f"cfg is {self.scale}.", needed, node)
+            raise SettingError(f"cfg is {self.scale}.", needed, "set [cfg].")
         if not (0.0 <= self.start <= 1.0 and 0.0 <= self.end <= 1.0):
             raise SettingError(
-                f"The CFG window is {self.start} to {self.end}.", "start and end in 0..1.", node
+                f"The CFG window is {self.start} to {self.end}.",
+                "start and end in 0..1.",
+                "set [cfg start] and [cfg end].",
             )
         if self.start > self.end:
             raise SettingError(
                 f"The CFG window is reversed: start {self.start} is after end {self.end}.",
                 "start at or before end.",
-                "swap start and end in 'Sample True CFG (FLUX)'.",
+                "swap [cfg start] and [cfg end].",
             )
 
     def window(self, steps: int) -> range:
-        """Name the steps that run both passes; none when the scale is 1 or less."""
+        """The steps that run both passes; none when the scale is 1 or less."""
         if self.scale <= 1.0:
             return range(0)
         slack = 1e-6  # 0.7 * 10 is 7.000000000000001
@@ -90,101 +102,117 @@ class TrueCFG:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CFGInTurn:
-    """True CFG as two plans; the negative one runs inside the window only."""
+class Window:
+    """The steps that run both passes, told by noise level."""
 
-    positive: StepPlan
-    negative: StepPlan
-    scale: float
-    window: range
+    sigmas: Sequence[float]  # where each step begins
+    steps: range
 
-    def velocity(self, x: TokenValues, step: int) -> TokenValues:
-        """Combine both passes, (B, N, D) float32; outside the window the positive alone."""
-        positive = self.positive.velocity(x, step).float()
-        if step not in self.window:
-            return positive
-        return _combine(positive, self.negative.velocity(x, step).float(), self.scale)
+    def __contains__(self, sigma: float) -> bool:
+        return step_of(sigma, self.sigmas) in self.steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CFGBatched:
-    """True CFG as one plan over the batch [negative, positive].
+class Guided:
+    """One or two passes as one velocity.
 
     Args:
-        both: plan of the joined conditionings.
-        positive: plan for the steps outside the window; None when there are none.
+        scale: of true CFG; 1 where there is one pass.
+        window: where both passes run; elsewhere the positive alone.
+        positive: plan of the positive conditioning; None where `both` has it in every step.
+        negative: plan of the negative one, run in turn with the positive.
+        both: plan over the batch [negative, positive], in place of `negative`.
     """
 
-    both: StepPlan
-    positive: StepPlan | None
     scale: float
-    window: range
+    window: Window | None
+    positive: StepPlan | None
+    negative: StepPlan | None = None
+    both: StepPlan | None = None
 
-    def velocity(self, x: TokenValues, step: int) -> TokenValues:
-        """Combine both halves, (B, N, D) float32; outside the window the positive alone."""
-        if self.positive is not None and step not in self.window:
-            return self.positive.velocity(x, step).float()
-        negative, positive = self.both.velocity(torch.cat((x, x)), step).float().chunk(2)
-        return _combine(positive, negative, self.scale)
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        plan = self.positive or self.both
+        assert plan is not None
+        return plan.device
+
+    def velocity(self, x: TokenValues, sigma: float) -> TokenValues:
+        """Combines the passes, (B, N, D) float32."""
+        return self.combine(*self.passes(x, sigma))
+
+    def combine(self, positive: TokenValues, negative: TokenValues | None) -> TokenValues:
+        """Moves away from the negative pass, if it ran."""
+        return positive if negative is None else negative + self.scale * (positive - negative)
+
+    def passes(self, x: TokenValues, sigma: float) -> tuple[TokenValues, TokenValues | None]:
+        """The positive pass, and the negative one where it runs, each (B, N, D) float32."""
+        if self.window is not None and sigma in self.window:
+            if self.both is not None:
+                halves = self.both.velocity(torch.cat((x, x)), sigma).float().chunk(2)
+                return halves[1], halves[0]
+            if self.positive is not None and self.negative is not None:
+                positive = self.positive.velocity(x, sigma).float()
+                return positive, self.negative.velocity(x, sigma).float()
+        assert self.positive is not None
+        return self.positive.velocity(x, sigma).float(), None
 
 
-def guider(
+def guided(
     network: Network,
     positive: Conditioning,
     target: Tokens,
-    sigmas: Sigmas,
+    sigmas: Sequence[float],
+    asked: Sequence[float] | None = None,
     cfg: TrueCFG | None = None,
-) -> StepPlan:
-    """Make the plans that a run needs, and no others.
+) -> Guided:
+    """Makes the plans that a run needs, and no others.
 
     Args:
         network: the transformer.
         positive: the conditioning; alone it is the guided (distilled) way.
         target: the noise; its ids and batch are used.
-        sigmas: (S + 1,), checked.
+        sigmas: S + 1 noise levels, checked.
+        asked: the levels that will be asked for; None: where each step begins.
         cfg: true CFG settings, or None.
 
     Returns:
-        The velocity of the whole guidance, one step at a time.
+        The velocity of the whole guidance.
 
     Raises:
-        ShapeError: "batched" with conditionings of different shapes or places.
+        ShapeError: "batched" with conditionings of different shapes or position ids.
         SettingError: "batched" with different guidance.
-        FamilyMismatchError: a conditioning of another model.
 
     Source: huggingface/diffusers@0.42.1 pipelines/flux/pipeline_flux_kontext.py __call__,
         pipelines/flux2/pipeline_flux2_klein.py __call__ (two passes, references in both).
         Deviation: the sum is float32 whatever the network computes.
     """
     steps = len(sigmas) - 1
-    window = range(0) if cfg is None else cfg.window(steps)
-    if cfg is None or not window:
-        return network.plans([positive], target, sigmas)[0]
+    if cfg is None or not cfg.window(steps):
+        plan = network.plans([positive], target, sigmas, asked)[0]
+        return Guided(scale=1.0, window=None, positive=plan)
+    window = Window(sigmas=sigmas[:-1], steps=cfg.window(steps))
     if cfg.passes == "in turn":
-        first, second = network.plans([positive, cfg.negative], target, sigmas)
-        return CFGInTurn(positive=first, negative=second, scale=cfg.scale, window=window)
-    own = network.family.latent
-    if _kind(positive, own) != _kind(cfg.negative, own):
-        # one of them is another model's: the network refuses it by name, before it computes
-        network.plans([positive, cfg.negative], target, sigmas)
+        plans = network.plans([positive, cfg.negative], target, sigmas, asked)
+        return Guided(scale=cfg.scale, window=window, positive=plans[0], negative=plans[1])
     joined = join(cfg.negative, positive, batch=target.values.shape[0])
     twice = replace(target, values=torch.cat((target.values, target.values)))
-    if len(window) == steps:
-        both, alone = network.plans([joined], twice, sigmas)[0], None
+    if len(window.steps) == steps:
+        both, alone = network.plans([joined], twice, sigmas, asked)[0], None
     elif _is_single(positive):  # fits any batch: one call, so the network is loaded once
-        both, alone = network.plans([joined, positive], twice, sigmas)
+        both, alone = network.plans([joined, positive], twice, sigmas, asked)
     else:
-        both = network.plans([joined], twice, sigmas)[0]
-        alone = network.plans([positive], target, sigmas)[0]
-    return CFGBatched(both=both, positive=alone, scale=cfg.scale, window=window)
+        both = network.plans([joined], twice, sigmas, asked)[0]
+        alone = network.plans([positive], target, sigmas, asked)[0]
+    return Guided(scale=cfg.scale, window=window, positive=alone, both=both)
 
 
 def join(negative: Conditioning, positive: Conditioning, *, batch: int) -> Conditioning:
-    """Stack two conditionings to one of twice the batch, the negative first.
+    """Stacks two conditionings to one of twice the batch, the negative first.
 
     Args:
-        negative, positive: texts of equal length, and references of equal shapes at equal places.
-        batch: pictures being made; parts of batch 1 are repeated for each.
+        negative, positive: texts of equal length, references of equal shapes and position ids.
+        batch: images being made; parts of batch 1 are repeated for each.
 
     Raises:
         ShapeError: they cannot be stacked.
@@ -195,31 +223,31 @@ def join(negative: Conditioning, positive: Conditioning, *, batch: int) -> Condi
             f"guidance is {positive.guidance} for the positive and {negative.guidance} for the "
             "negative conditioning.",
             "the same for both, to run them as one batch.",
-            f"set both alike in 'Reference Conditioner (FLUX)', or {_IN_TURN}",
+            f"set both to the same [guidance], or {_IN_TURN}",
         )
     _check_alike(negative, positive)
     pooled = None
     if negative.text.pooled is not None and positive.text.pooled is not None:
         pooled = _stack("pooled text", negative.text.pooled, positive.text.pooled, batch)
     txt = _stack("text", negative.text.txt, positive.text.txt, batch)
-    references: list[Tokens] = []
+    references: list[Reference] = []
     for one, other in zip(negative.references, positive.references, strict=True):
-        values = one.values
-        if values is not other.values or values.shape[0] > 1:  # one shared picture stays one
-            values = _stack("reference", values, other.values, batch)
-        references.append(replace(one, values=values))
+        values = one.tokens.values
+        if values is not other.tokens.values or values.shape[0] > 1:  # one shared image stays one
+            values = _stack("reference", values, other.tokens.values, batch)
+        references.append(replace(one, tokens=replace(one.tokens, values=values)))
     text = replace(positive.text, txt=txt, pooled=pooled)
     return replace(positive, text=text, references=tuple(references))
 
 
 def _check_alike(negative: Conditioning, positive: Conditioning) -> None:
-    """Refuse conditionings that no single batch can hold."""
+    """Refuses conditionings that no single batch can hold."""
     lengths = [one.text.txt.shape[1] for one in (positive, negative)]
     if lengths[0] != lengths[1]:
         raise ShapeError(
             f"The positive text has {lengths[0]} tokens, the negative {lengths[1]}.",
             "equal lengths, to run both as one batch.",
-            f"give both the same t5_tokens in 'Encode Text (FLUX)', or {_IN_TURN}",
+            f"set the same [text tokens] for both, or {_IN_TURN}",
         )
     counts = [len(one.references) for one in (positive, negative)]
     if counts[0] != counts[1]:
@@ -231,41 +259,43 @@ def _check_alike(negative: Conditioning, positive: Conditioning) -> None:
     for number, (one, other) in enumerate(
         zip(positive.references, negative.references, strict=True), 1
     ):
-        if one.ids.shape != other.ids.shape or not torch.equal(one.ids, other.ids.to(one.ids)):
+        if not _same_positions(one.tokens, other.tokens):
+            grids = [" x ".join(map(str, each.tokens.grid)) for each in (one, other)]
             raise ShapeError(
-                f"Reference {number} is {one.grid[0]}x{one.grid[1]} tokens in the positive and "
-                f"{other.grid[0]}x{other.grid[1]} in the negative conditioning, or at another "
-                "place.",
-                "equal sizes at equal places, to run both as one batch.",
+                f"Reference {number} is {grids[0]} tokens in the positive and {grids[1]} in the "
+                "negative conditioning, or has other position ids.",
+                "equal sizes at equal positions, to run both as one batch.",
                 f"fit and place them alike, or {_IN_TURN}",
+            )
+        if _how_seen(one) != _how_seen(other):
+            raise SettingError(
+                f"Reference {number} is seen in another way in the negative conditioning.",
+                "equal controls on both, to run them as one batch.",
+                f"wire the same reference to both, or {_IN_TURN}",
             )
 
 
-def _kind(conditioning: Conditioning, own: LatentSpec) -> tuple[object, ...]:
-    """Tell whose text this is by its widths, and which references are not the model's own."""
-    text = conditioning.text
-    pooled = None if text.pooled is None else text.pooled.shape[-1]
-    latents = [tokens.latent for tokens in conditioning.references if tokens.latent != own]
-    return (text.txt.shape[-1], pooled, *latents)
+def _same_positions(one: Tokens, other: Tokens) -> bool:
+    return one.ids.shape == other.ids.shape and torch.equal(one.ids, other.ids.to(one.ids))
+
+
+def _how_seen(one: Reference) -> tuple[object, ...]:
+    return one.strength, one.steps, one.blocks, None if one.mask is None else one.mask.tolist()
 
 
 def _stack(what: str, negative: Tensor, positive: Tensor, batch: int) -> Tensor:
-    """Concatenate along the batch; a batch of 1 is repeated to `batch` first."""
+    """Concatenates along the batch; a batch of 1 is repeated to `batch` first."""
     for one in (negative, positive):
         if one.shape[0] not in (1, batch):
             raise ShapeError(
                 f"The {what} has a batch of {one.shape[0]}, the noise {batch}.",
                 "a batch of 1, or the same batch as the noise.",
-                "set batch_size in 'Noise (FLUX)', or hand over one picture.",
+                "set [batch_size], or hand over one image.",
             )
     halves = [one.expand(batch, *one.shape[1:]) for one in (negative, positive)]
     return torch.cat((halves[0], halves[1].to(halves[0])))
 
 
 def _is_single(conditioning: Conditioning) -> bool:
-    references = (tokens.values for tokens in conditioning.references)
+    references = (one.tokens.values for one in conditioning.references)
     return all(values.shape[0] == 1 for values in (conditioning.text.txt, *references))
-
-
-def _combine(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    return negative + scale * (positive - negative)

@@ -181,11 +181,12 @@ def parse_sigmas(text: str) -> Sigmas:
     return check_sigmas(torch.tensor(values, dtype=torch.float64))
 
 
-def check_sigmas(sigmas: Sigmas) -> Sigmas:
+def check_sigmas(sigmas: Sigmas, *, may_stop: bool = False) -> Sigmas:
     """Accept sigmas that a flow model can follow, whoever made them.
 
     Args:
         sigmas: (S + 1,) of any float type on any device, S = 1..10000.
+        may_stop: they may end above 0, for whoever goes on from there.
 
     Returns:
         The same values, float32 on the CPU.
@@ -209,7 +210,7 @@ def check_sigmas(sigmas: Sigmas) -> Sigmas:
             "non-flow models start far above 1)",
             values,
         )
-    if values[-1] != 0.0:
+    if values[-1] != 0.0 and not may_stop:
         raise _bad_sigmas(f"end in {values[-1]:g}, not in 0, so noise would be left", values)
     for index, (value, following) in enumerate(pairwise(values)):
         if following >= value:

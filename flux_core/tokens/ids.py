@@ -1,4 +1,4 @@
-"""Position ids: which picture a token belongs to, its row and its column.
+"""Position ids: which image a token belongs to, its row and its column.
 
 Ids stay float32: bfloat16 is exact only up to 256.
 Source: black-forest-labs/flux@802fb47 src/flux/sampling.py prepare, prepare_kontext;
@@ -9,8 +9,9 @@ import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from ..errors import SettingError
+from ..errors import SettingError, ShapeError
 from ..specs import LatentSpec
 from ..types import Ids
 from ..values import Tokens
@@ -25,13 +26,13 @@ def image_ids(
     column: float = 0.0,
     device: torch.device | str | None = None,
 ) -> Ids:
-    """Give every token of a picture its position.
+    """Returns the position ids of every token of an image.
 
     Args:
         grid: rows and columns, in tokens.
         spec: names the id axes; the first three are index, row, column, any other stays 0.
-        index: first axis; 0 is the picture being made, references are above 0.
-        row, column: place of the top-left token, in tokens; fractions are allowed.
+        index: first axis; 0 is the image being made, references are above 0.
+        row, column: position of the top-left token, in tokens; fractions are allowed.
 
     Returns:
         (rows * columns, A) float32 on `device`, row by row, no batch axis.
@@ -53,18 +54,44 @@ def text_ids(length: int, spec: LatentSpec, device: torch.device | str | None = 
 
 
 def place(tokens: Tokens, *, index: float, row: float = 0.0, column: float = 0.0) -> Tokens:
-    """Move a picture's tokens to another place; the values stay what they are.
+    """Moves an image's tokens to other position ids; the values stay what they are.
 
     Raises:
-        SettingError: a place that is no finite number.
+        SettingError: a position that is no finite number.
     """
     if not all(map(math.isfinite, (index, row, column))):
         raise SettingError(
-            f"The place is index {index}, row {row}, column {column}.",
+            f"The position is index {index}, row {row}, column {column}.",
             "finite numbers.",
-            "set them in 'Position Ids (FLUX)'.",
+            "set [index], [row] and [column].",
         )
     ids = image_ids(
         tokens.grid, tokens.latent, index=index, row=row, column=column, device=tokens.ids.device
     )
-    return replace(tokens, ids=ids)
+    return replace(tokens, ids=ids if tokens.cells is None else ids[tokens.cells.to(ids.device)])
+
+
+def drop_tokens(tokens: Tokens, present: Tensor) -> Tokens:
+    """Leaves tokens out; the rest keep their values and position ids.
+
+    Args:
+        tokens: (B, N, D).
+        present: (N,) bool, the tokens that stay; at least one.
+
+    Raises:
+        ShapeError: another number of tokens, or none that stays.
+    """
+    if present.shape != (tokens.count,) or not bool(present.any()):
+        raise ShapeError(
+            f"{tuple(present.shape)} tokens are marked, {int(present.sum())} of them present.",
+            f"({tokens.count},), with at least one present.",
+            "mark the tokens of this image.",
+        )
+    cells = torch.arange(tokens.count) if tokens.cells is None else tokens.cells
+    stay = present.nonzero().flatten()
+    return replace(
+        tokens,
+        values=tokens.values[:, stay.to(tokens.values.device)],
+        ids=tokens.ids[stay.to(tokens.ids.device)],
+        cells=cells[stay.to(cells.device)],
+    )

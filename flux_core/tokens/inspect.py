@@ -6,9 +6,10 @@ from ..specs import LatentSpec, ReferenceSpec, SegmentKind
 from ..types import Ids
 from ..values import Conditioning, Tokens
 from .ids import text_ids
+from .sequence import Segment, arrange
 
 
-class Segment(TypedDict):
+class SegmentDescription(TypedDict):
     """One stretch of the sequence."""
 
     kind: SegmentKind
@@ -18,58 +19,60 @@ class Segment(TypedDict):
     ids: list[tuple[str, float, float]]  # axis, smallest, largest
 
 
-class TokenSequence(TypedDict):
+class SequenceDescription(TypedDict):
     """The whole sequence, in the order the transformer reads it."""
 
-    segments: list[Segment]
+    segments: list[SegmentDescription]
     total: int
     notes: list[str]  # who sees whom, where not everybody sees all
 
 
 def describe_sequence(
     conditioning: Conditioning, target: Tokens | None, rule: ReferenceSpec | None = None
-) -> TokenSequence:
-    """Describe text, target and references in their order.
+) -> SequenceDescription:
+    """Describes text, target and references in their order.
 
     Args:
         conditioning: text and placed references.
         target: the noise, when it is known.
         rule: the family's, when the model is known; None is the order of most.
     """
-    text = conditioning.text.txt.shape[1]
-    pictures = [] if target is None else [_segment("target", "target", target)]
-    pictures += [
-        _segment("reference", f"reference {number}", tokens)
-        for number, tokens in enumerate(conditioning.references, 1)
-    ]
-    first = target or next(iter(conditioning.references), None)  # names the id axes
-    places = _ranges(text_ids(text, first.latent), first.latent) if first and text else []
-    segments = [Segment(kind="text", name="text", count=text, grid=None, ids=places), *pictures]
+    images = [one.tokens for one in conditioning.references]
+    latent = next((one.latent for one in [target, *images] if one is not None), None)
+    length = conditioning.text.txt.shape[1]
+    rule = rule or ReferenceSpec(trained=0)
+    sequence = arrange(
+        text=None if latent is None else text_ids(length, latent),
+        target=target,
+        references=conditioning.references,
+        order=rule.sequence,
+    )
+    segments = [_describe(segment, latent) for segment in sequence.segments]
+    if latent is None:  # text alone: no latent names the id axes
+        segments = [SegmentDescription(kind="text", name="text", count=length, grid=None, ids=[])]
     notes: list[str] = []
-    if rule is not None:
-        segments.sort(key=lambda segment: rule.sequence.index(segment["kind"]))
-        if rule.see_only_themselves and conditioning.references:
-            notes.append(
-                "references see themselves alone, at t = 0: text and target see them too, so "
-                "what they are seen as is computed once, not in every step"
-            )
+    if rule.isolated and images:
+        notes.append(
+            "references see themselves alone, at t = 0: text and target see them too, so their "
+            "keys and values are computed once, not in every step"
+        )
     total = sum(segment["count"] for segment in segments)
-    return TokenSequence(segments=segments, total=total, notes=notes)
+    return SequenceDescription(segments=segments, total=total, notes=notes)
 
 
-def sequence_report(sequence: TokenSequence) -> str:
-    """Write the sequence down, one line a segment."""
+def sequence_report(sequence: SequenceDescription) -> str:
+    """Writes the sequence down, one line a segment."""
     lines = [_line(segment) for segment in sequence["segments"]]
     return "\n".join([*lines, f"{sequence['total']} tokens in all", *sequence["notes"]])
 
 
-def _segment(kind: SegmentKind, name: str, tokens: Tokens) -> Segment:
-    return Segment(
-        kind=kind,
-        name=name,
-        count=tokens.ids.shape[0],
-        grid=list(tokens.grid),
-        ids=_ranges(tokens.ids, tokens.latent),
+def _describe(segment: Segment, latent: LatentSpec | None) -> SegmentDescription:
+    return SegmentDescription(
+        kind=segment.kind,
+        name=segment.name,
+        count=segment.count,
+        grid=None if segment.grid is None else list(segment.grid),
+        ids=[] if latent is None or not segment.count else _ranges(segment.ids, latent),
     )
 
 
@@ -80,7 +83,7 @@ def _ranges(ids: Ids, spec: LatentSpec) -> list[tuple[str, float, float]]:
     ]
 
 
-def _line(segment: Segment) -> str:
+def _line(segment: SegmentDescription) -> str:
     grid = segment["grid"]
     size = f" = {grid[0]} rows x {grid[1]} columns" if grid else ""
     places = ", ".join(

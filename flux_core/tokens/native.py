@@ -23,7 +23,7 @@ Method = Literal["offset", "index"]
 
 def own_method(latent: LatentSpec) -> Method:
     """Name the rule by which ComfyUI's network places references where nothing else is said."""
-    return "offset" if latent.text_axis is None else "index"
+    return "index" if latent.placement == "index" else "offset"
 
 
 def native_method(references: Sequence[Tokens]) -> Method | None:
@@ -79,10 +79,10 @@ class NativePlaces:
         own = [ids.shape[0] for ids in self.references]
         if list(counts) != own:
             raise ShapeError(
-                f"The sampler hands {_described(counts)} to the model, 'Apply To Model (FLUX)' "
-                f"has places for {_described(own)}.",
+                f"The sampler hands {_described(counts)} to the model, whose position ids are for "
+                f"{_described(own)}.",
                 "the same references, in the same order, in the positive and negative prompt.",
-                "wire one conditioning to 'To Conditioning (FLUX)' and 'Apply To Model (FLUX)', "
+                "wire one conditioning to [native conditioning] and [native positions], "
                 "and the same references to the negative prompt; take 'Set Reference Latent' off.",
             )
         if not own and self.target is None:
@@ -123,8 +123,7 @@ class NativePlaces:
                 f"The positive and the negative text differ in length; one has {self.text_tokens} "
                 "tokens.",
                 "equal lengths, which ComfyUI runs as one batch.",
-                "give both the same t5_tokens in 'Encode Text (FLUX)' and bring both through "
-                "'To Conditioning (FLUX)'.",
+                "set the same [text tokens] for both, and wire both through [native conditioning].",
             )
         return txt, txt_ids
 

@@ -13,7 +13,7 @@ from .ids import image_ids
 
 
 def pack_latent(latent: Latent, spec: LatentSpec) -> TokenValues:
-    """Cut a latent into tokens, row by row.
+    """Cuts a latent into tokens, row by row.
 
     Args:
         latent: (B, C, h, w); h and w are multiples of spec.patch.
@@ -32,8 +32,7 @@ def pack_latent(latent: Latent, spec: LatentSpec) -> TokenValues:
         raise ShapeError(
             f"The latent has shape {tuple(latent.shape)}{whose}.",
             f"(batch, {spec.channels}, height, width) for {spec.name}, with a batch of 1 or more.",
-            "choose the latent_format that made it in 'Pack Latent (FLUX)', or the autoencoder of "
-            "this family.",
+            "choose the [latent_format] that made it, or the autoencoder of this family.",
         )
     batch, channels, height, width = latent.shape
     patch = spec.patch
@@ -42,7 +41,7 @@ def pack_latent(latent: Latent, spec: LatentSpec) -> TokenValues:
             f"The latent is {width}x{height} cells ({width * spec.downscale}x"
             f"{height * spec.downscale} px).",
             f"sides that are multiples of {patch} cells ({spec.token_px} px).",
-            "put 'Fit Image (FLUX)' before encoding.",
+            "bring the image to size with [image fit] before it is encoded.",
         )
     rows, columns = height // patch, width // patch
     cells = latent.reshape(batch, channels, rows, patch, columns, patch)
@@ -50,7 +49,7 @@ def pack_latent(latent: Latent, spec: LatentSpec) -> TokenValues:
 
 
 def unpack_tokens(values: TokenValues, grid: tuple[int, int], spec: LatentSpec) -> Latent:
-    """Lay tokens (B, N, D) out as the latent (B, C, h, w) they were cut from."""
+    """Lays tokens (B, N, D) out as the latent (B, C, h, w) they were cut from."""
     rows, columns = grid
     if values.ndim != 3 or values.shape[1:] != (rows * columns, spec.token_width):
         raise ShapeError(
@@ -67,12 +66,23 @@ def unpack_tokens(values: TokenValues, grid: tuple[int, int], spec: LatentSpec) 
 
 
 def latent_tokens(latent: Latent, spec: LatentSpec) -> Tokens:
-    """Pack a latent and place it as the target: index 0, rows and columns from 0."""
+    """Packs a latent with the position ids of a target: index 0, rows and columns from 0."""
     values = pack_latent(latent, spec)
     grid = (latent.shape[2] // spec.patch, latent.shape[3] // spec.patch)
     return Tokens(values=values, ids=image_ids(grid, spec), grid=grid, latent=spec)
 
 
 def tokens_latent(tokens: Tokens) -> Latent:
-    """Unpack tokens to the latent; the inverse of `latent_tokens`."""
+    """Unpacks tokens to the latent; the inverse of `latent_tokens`.
+
+    Raises:
+        ShapeError: tokens were dropped, so there is no whole latent.
+    """
+    if tokens.cells is not None:
+        rows, columns = tokens.grid
+        raise ShapeError(
+            f"{rows * columns - tokens.count} of {rows * columns} tokens were dropped.",
+            "every token of the image.",
+            "take the tokens from before they were dropped.",
+        )
     return unpack_tokens(tokens.values, tokens.grid, tokens.latent)

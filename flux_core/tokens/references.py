@@ -17,14 +17,15 @@ _CANVAS_INDEX = 1.0  # of ComfyUI's canvas, on every model
 
 
 def place_references(references: Sequence[Tokens], placement: Placement) -> tuple[Tokens, ...]:
-    """Give every reference its ids.
+    """Places every reference: the same tokens with their position ids.
 
     Args:
         references: in the order they were wired.
-        placement: "as wired" keeps the ids they came with; "single" puts one reference at the
-            latent's first index; "index" counts the first axis up from there by the latent's
-            step: 1, 2, 3 on FLUX.1, 10, 20, 30 on FLUX.2; "offset" tiles several references
-            over rows and columns at index 1, and puts one where the model was trained with it.
+        placement: "auto" is the latent's own: "offset" on FLUX.1, "index" on FLUX.2; "as wired"
+            keeps the ids they came with; "single" puts one reference at the latent's first index;
+            "index" counts the first axis up from there by the latent's step: 1, 2, 3 on FLUX.1,
+            10, 20, 30 on FLUX.2; "offset" tiles several references over rows and columns at
+            index 1, and puts one where the model was trained with it.
 
     Returns:
         The same values with new ids, in the same order.
@@ -36,14 +37,15 @@ def place_references(references: Sequence[Tokens], placement: Placement) -> tupl
     black-forest-labs/flux@802fb47 src/flux/sampling.py prepare_kontext (single);
     black-forest-labs/flux2@ab7cca6 src/flux2/sampling.py encode_image_refs (index on FLUX.2).
     """
+    if placement == "auto":
+        placement = references[0].latent.placement if references else "as wired"
     if placement == "as wired":
         return tuple(references)
     if placement == "single" and len(references) > 1:
         raise SettingError(
             f"{len(references)} references are wired with placement 'single'.",
             "one reference, which is what Kontext was trained with.",
-            "set placement to 'index', as FLUX.2 was trained, or to 'offset' on "
-            "'Reference Conditioner (FLUX)'.",
+            "set [placement] to 'auto', 'index' or 'offset'.",
         )
     if placement == "offset" and len(references) > 1:
         return tile(references)
@@ -54,7 +56,7 @@ def place_references(references: Sequence[Tokens], placement: Placement) -> tupl
 
 
 def check_references(references: Sequence[Tokens]) -> None:
-    """Refuse references of a size that their model does not take.
+    """Refuses references of a size that their model does not take.
 
     Raises:
         ShapeError: one is too small or too long.
@@ -75,7 +77,7 @@ def check_references(references: Sequence[Tokens]) -> None:
 def tile(
     references: Sequence[Tokens], sides: Sequence[tuple[int, int]] | None = None
 ) -> tuple[Tokens, ...]:
-    """Put each reference right of or below the ones before it, where the canvas grows least.
+    """Puts each reference right of or below the ones before it, where the canvas grows least.
 
     Args:
         references: in their order.

@@ -13,8 +13,6 @@ from torch import Tensor
 from ..specs import LatentSpec
 from ..tokens.ids import image_ids, text_ids
 from ..transformer.flux import Flux
-from ..transformer.plan import Plan
-from ..transformer.rope import rope_table
 from ..types import TokenValues
 
 Density = Callable[[int, torch.Generator], Tensor]
@@ -75,24 +73,18 @@ def predictor(
     latent: LatentSpec,
     guidance: float,
 ) -> Callable[[TokenValues, Tensor], TokenValues]:
-    """Make the network's velocity a function of x and sigma; all pictures share a grid."""
-    places = [text_ids(batch.txt.shape[1], latent), image_ids(grid, latent)]
-    for number in range(len(batch.references)):
-        index = latent.first_index + number * latent.index_step
-        places.append(image_ids(grid, latent, index=index))
-    seen = torch.cat(batch.references, dim=1) if batch.references else None
-    rope = rope_table(torch.cat(places), network.spec.axes_dim, network.spec.theta)
+    """Makes the network's velocity a function of x and sigma; all images share a grid."""
+    count = len(batch.references)
+    positions = [image_ids(grid, latent)] + [
+        image_ids(grid, latent, index=latent.first_index + number * latent.index_step)
+        for number in range(count)
+    ]
+    img_ids, txt_ids = torch.cat(positions), text_ids(batch.txt.shape[1], latent)
 
     def predict(x: TokenValues, sigma: Tensor) -> TokenValues:
-        blocks = network.blocks
+        img = torch.cat((x, *batch.references), dim=1)
         strength = torch.full_like(sigma, guidance)
-        plan = Plan(
-            blocks=blocks,
-            txt=blocks.txt_in(batch.txt),
-            references=None if seen is None else blocks.img_in(seen),
-            rope=rope,
-            modulations=[network.modulation(sigma, batch.pooled, strength, batch.txt.dtype)],
-        )
-        return plan.velocity(x, 0)
+        velocity = network(img, img_ids, batch.txt, txt_ids, sigma, batch.pooled, strength)
+        return velocity[:, : x.shape[1]]
 
     return predict

@@ -5,34 +5,36 @@ src/flux2/model.py Flux2.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import FamilyMismatchError, ShapeError
-from ..families import FAMILIES
 from ..operations import Operations
-from ..specs import FluxFamily, LatentSpec, TransformerSpec
+from ..specs import FluxFamily, TransformerSpec
 from ..tokens.ids import text_ids
+from ..tokens.sequence import TokenSequence, arrange
 from ..types import Ids, Sigmas, TokenValues
-from ..values import Conditioning, Tokens
-from .blocks import KeyValue
+from ..values import Conditioning, Reference, Tokens
+from .attention import Attention, PyTorchAttention
 from .flux_blocks import FluxBlocks
 from .modulation import FluxModulation, StepModulation
-from .plan import Plan, ReferencePass
+from .plan import Plan
+from .references import KeyValue, ReferencePass
 from .rope import Rope, rope_table
 
-Keep: TypeAlias = Callable[[tuple[Tokens, ...], ReferencePass], Iterable[KeyValue]]
-_Shared: TypeAlias = dict[tuple[object, ...], Iterable[KeyValue]]
+ReferenceCache: TypeAlias = Callable[[tuple[Tokens, ...], ReferencePass], Iterable[KeyValue]]
 
 
 def _where_it_is(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def keep_for_the_run(references: tuple[Tokens, ...], computed: ReferencePass) -> Iterable[KeyValue]:
-    """Compute what references are seen as once, and hold it as long as the plan lives."""
+def cache_for_the_run(
+    references: tuple[Tokens, ...], computed: ReferencePass
+) -> Iterable[KeyValue]:
+    """Computes keys and values of isolated references once, and holds them while the plan lives."""
     del references
     return tuple(computed)
 
@@ -40,7 +42,7 @@ def keep_for_the_run(references: tuple[Tokens, ...], computed: ReferencePass) ->
 def compute_every_step(
     references: tuple[Tokens, ...], computed: ReferencePass
 ) -> Iterable[KeyValue]:
-    """Compute what references are seen as anew in every step: slow, and holds nothing."""
+    """Computes keys and values of isolated references anew in every step: slow, holds nothing."""
     del references
     return computed
 
@@ -52,11 +54,14 @@ class Flux(nn.Module):
         family: the published model it is.
         spec: its real shape.
         modulation, blocks: the two parts; needed one after the other, never together.
-        ready: called with a part just before it computes; brings it to the device it returns.
-        keep: where the family's references see themselves alone: given them and their pass, it
-            gives their keys and values block by block, computed or kept from an earlier run.
+        ready: called with a part just before it computes; loads it, and returns its device.
+        attention: what computes attention, in every block.
+        reference_cache: for a family whose references are isolated: called with them and their
+            pass, it returns their keys and values block by block, computed or cached.
         compute_dtype: dtype of activations; the weights' own when None.
     """
+
+    supports = frozenset({"dropped tokens"})  # of `Reference.controls`
 
     def __init__(
         self,
@@ -66,45 +71,60 @@ class Flux(nn.Module):
         blocks: FluxBlocks,
         *,
         ready: Callable[[nn.Module], torch.device] = _where_it_is,
-        keep: Keep = keep_for_the_run,
+        attention: Attention | None = None,
+        reference_cache: ReferenceCache = cache_for_the_run,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.family, self.spec = family, spec
         self.modulation, self.blocks = modulation, blocks
-        self.ready, self.keep, self.compute_dtype = ready, keep, compute_dtype
+        self.ready, self.attention = ready, attention or PyTorchAttention()
+        self.reference_cache, self.compute_dtype = reference_cache, compute_dtype
 
-    def plan(self, conditioning: Conditioning, target: Tokens, sigmas: Sigmas) -> Plan:
-        """Make the plan of one conditioning; see `plans`."""
-        return self.plans([conditioning], target, sigmas)[0]
+    def plan(
+        self,
+        conditioning: Conditioning,
+        target: Tokens,
+        sigmas: Sequence[float] | Sigmas,
+        asked: Sequence[float] | None = None,
+    ) -> Plan:
+        """Makes the plan of one conditioning; see `plans`."""
+        return self.plans([conditioning], target, sigmas, asked)[0]
 
     def plans(
-        self, conditionings: Sequence[Conditioning], target: Tokens, sigmas: Sigmas
+        self,
+        conditionings: Sequence[Conditioning],
+        target: Tokens,
+        sigmas: Sequence[float] | Sigmas,
+        asked: Sequence[float] | None = None,
     ) -> list[Plan]:
-        """Compute all that does not depend on the noisy tokens.
+        """Computes all that does not depend on the noisy tokens.
 
         Args:
-            conditionings: each gives one plan; text and reference batches are 1 or the target's.
+            conditionings: each has a plan of its own; text and reference batches are 1 or the
+                target's, text and tokens are this model's (`sampling.check.check_conditioning`).
             target: its ids and batch are used, its values are not.
-            sigmas: (S+1,); modulation is made for every one but a last 0.
+            sigmas: (S+1,), where each step begins, and the end.
+            asked: the noise levels whose modulation is computed up front; None: where each step
+                begins. Others are computed when they are asked for.
 
         Raises:
-            FamilyMismatchError, ShapeError: text or tokens of another model.
             SettingError: no guidance for a network that has the input.
         """
-        for conditioning in conditionings:
-            check_conditioning(conditioning, target, self.family, self.spec)
-        steps = [float(sigma) for sigma in sigmas]
-        if steps and steps[-1] == 0.0:
-            steps.pop()
+        levels = [float(sigma) for sigma in sigmas]
+        if levels and levels[-1] == 0.0:
+            levels.pop()
+        isolated = [0.0] if self.family.references.isolated else []  # what they are modulated with
+        planned = dict.fromkeys([*(levels if asked is None else asked), *isolated])
         device = self.ready(self.modulation)
-        if self.family.references.see_only_themselves:
-            steps.append(0.0)  # what the references are modulated with
-        modulations = [self._modulations(one, steps, device) for one in conditionings]
+        modulations = [
+            {sigma: self._modulation_of(one, sigma, device) for sigma in planned}
+            for one in conditionings
+        ]
         device = self.ready(self.blocks)
-        shared: _Shared = {}
+        shared: dict[tuple[object, ...], Iterable[KeyValue]] = {}
         return [
-            self._plan(one, target, mods, device, shared)
+            self._plan(one, target, levels, mods, device, shared)
             for one, mods in zip(conditionings, modulations, strict=True)
         ]
 
@@ -118,7 +138,7 @@ class Flux(nn.Module):
         y: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> TokenValues:
-        """Run one step with the published signature: a plan of one step.
+        """Runs one step with the published signature: a plan of one step.
 
         Args:
             img: (B, N, D) tokens in the transformer's scale; references may follow the target.
@@ -136,23 +156,35 @@ class Flux(nn.Module):
             None if guidance is None else guidance.to(device),
             dtype,
         )
-        device = self.ready(self.blocks)
-        ids = torch.cat([one[0] if one.ndim == 3 else one for one in (txt_ids, img_ids)])
+        device, sigma = self.ready(self.blocks), float(timesteps.flatten()[0])
+        text, image = (ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids))
+        sequence = arrange(
+            text=text,
+            target=Tokens(
+                values=img, ids=image, grid=(1, image.shape[0]), latent=self.family.latent
+            ),
+        )
         plan = Plan(
             blocks=self.blocks,
+            attention=self.attention,
             txt=self.blocks.txt_in(txt.to(device, dtype)),
             references=None,
-            rope=self._rope([ids], device),
-            modulations=[mod],
+            own=sequence,
+            sequence=sequence,
+            rope=self._rope(sequence, device),
+            sigmas=[sigma],
+            modulations={sigma: mod},  # of each row's own timestep
+            modulate=lambda _: mod,
         )
-        return plan.velocity(img.to(device), 0)
+        return plan.velocity(img.to(device), sigma)
 
     def _dtype(self) -> torch.dtype:
         return self.compute_dtype or next(self.blocks.parameters()).dtype
 
-    def _modulations(
-        self, conditioning: Conditioning, steps: Sequence[float], device: torch.device
-    ) -> list[StepModulation]:
+    def _modulation_of(
+        self, conditioning: Conditioning, sigma: float, device: torch.device
+    ) -> StepModulation:
+        """Modulation of one sigma: a GEMM over several would round differently in bfloat16."""
         pooled, batch = None, 1
         if self.spec.pooled_width and conditioning.text.pooled is not None:
             pooled = conditioning.text.pooled.to(device)
@@ -160,146 +192,91 @@ class Flux(nn.Module):
         guidance = None
         if conditioning.guidance is not None:
             guidance = torch.full((batch,), conditioning.guidance, device=device)
-        # One row at a time: a GEMM over all steps rounds differently in bfloat16.
-        return [
-            self.modulation(
-                torch.full((batch,), sigma, device=device), pooled, guidance, self._dtype()
-            )
-            for sigma in steps
-        ]
+        level = torch.full((batch,), sigma, device=device)
+        return self.modulation(level, pooled, guidance, self._dtype())
+
+    def _modulation_later(self, conditioning: Conditioning, sigma: float) -> StepModulation:
+        """Modulation of a sigma that was not planned: its weights are loaded once more."""
+        modulation = self._modulation_of(conditioning, sigma, self.ready(self.modulation))
+        self.ready(self.blocks)
+        return modulation
 
     def _plan(
         self,
         conditioning: Conditioning,
         target: Tokens,
-        modulations: Sequence[StepModulation],
+        levels: Sequence[float],
+        modulations: dict[float, StepModulation],
         device: torch.device,
-        shared: _Shared,
+        shared: dict[tuple[object, ...], Iterable[KeyValue]],
     ) -> Plan:
         txt = self.blocks.txt_in(conditioning.text.txt.to(device, self._dtype()))
-        places = [text_ids(txt.shape[1], target.latent), target.ids.cpu()]
-        references, kept = None, None
-        if conditioning.references and self.family.references.see_only_themselves:
-            key = _same_references(conditioning)
+        rule, given = self.family.references, conditioning.references
+        sequence = arrange(
+            text=text_ids(txt.shape[1], target.latent),
+            target=target,
+            references=given,
+            order=rule.sequence,
+        )
+        own, references, cached = sequence, None, None
+        if given and rule.isolated:
+            own, key = sequence.only("text", "target"), _same_references(conditioning)
             if key not in shared:
-                shared[key] = self._keep(conditioning, modulations[-1], device)
-            kept = shared[key]
-        elif conditioning.references:
-            references = self._project(conditioning.references, device)
-            places += [tokens.ids.cpu() for tokens in conditioning.references]
+                shared[key] = self._cached(conditioning, sequence, modulations[0.0], device)
+            cached = shared[key]
+        elif given:
+            references = self._project(given, device)
         return Plan(
             blocks=self.blocks,
+            attention=self.attention,
             txt=txt,
             references=references,
-            rope=self._rope(places, device),
+            own=own,
+            sequence=sequence,
+            rope=self._rope(own, device),
+            sigmas=levels,
             modulations=modulations,
-            kept=kept,
+            modulate=partial(self._modulation_later, conditioning),
+            cached=cached,
         )
 
-    def _keep(
-        self, conditioning: Conditioning, modulation: StepModulation, device: torch.device
+    def _cached(
+        self,
+        conditioning: Conditioning,
+        sequence: TokenSequence,
+        modulation: StepModulation,
+        device: torch.device,
     ) -> Iterable[KeyValue]:
-        """Ask for what references that see themselves alone are seen as."""
-        ids = [tokens.ids.cpu() for tokens in conditioning.references]
+        """Asks for the keys and values of isolated references."""
+        alone = sequence.only("reference")
         computed = ReferencePass(
             blocks=self.blocks,
+            attention=self.attention,
             references=self._project(conditioning.references, device),
-            rope=self._rope(ids, device),
+            sequence=alone,
+            rope=self._rope(alone, device),
             modulation=modulation,
         )
-        return self.keep(conditioning.references, computed)
+        return self.reference_cache(tuple(one.tokens for one in conditioning.references), computed)
 
-    def _project(self, references: Sequence[Tokens], device: torch.device) -> Tensor:
-        """Bring references into the transformer's scale and width: (B, R, hidden)."""
-        batch = max(tokens.values.shape[0] for tokens in references)
-        values = [
-            ((tokens.values.float() - tokens.latent.shift) * tokens.latent.scale).expand(
-                batch, -1, -1
-            )
-            for tokens in references
-        ]
-        return self.blocks.img_in(torch.cat(values, dim=1).to(device, self._dtype()))
+    def _project(self, references: Sequence[Reference], device: torch.device) -> Tensor:
+        """Brings references into the transformer's scale and width: (B, R, hidden)."""
+        several = [one.tokens.latent.to_network(one.tokens.values) for one in references]
+        batch = max(values.shape[0] for values in several)
+        joined = torch.cat([values.expand(batch, -1, -1) for values in several], dim=1)
+        return self.blocks.img_in(joined.to(device, self._dtype()))
 
-    def _rope(self, ids: Sequence[Ids], device: torch.device) -> Rope:
-        return rope_table(torch.cat(list(ids)), self.spec.axes_dim, self.spec.theta, device)
-
-
-def check_conditioning(
-    conditioning: Conditioning, target: Tokens, family: FluxFamily, spec: TransformerSpec
-) -> None:
-    """Refuse text, references or batches that a network cannot read.
-
-    Raises:
-        FamilyMismatchError: text or tokens of another model.
-        ShapeError: a batch that is neither 1 nor the target's.
-    """
-    text = conditioning.text
-    widths = (text.txt.shape[-1], 0 if text.pooled is None else text.pooled.shape[-1])
-    if widths != (spec.context_width, spec.pooled_width):
-        raise _other_text(widths, text.source, family, spec)
-    batch = target.values.shape[0]
-    named = [("text", text.txt.shape[0])]
-    if text.pooled is not None:
-        named.append(("pooled text", text.pooled.shape[0]))
-    for number, tokens in enumerate(conditioning.references, 1):
-        named.append((f"reference {number}", tokens.values.shape[0]))
-        if tokens.latent != family.latent:
-            raise FamilyMismatchError(
-                f"Reference {number} holds {tokens.latent.name} tokens.",
-                f"{family.latent.name} tokens for {family.title}.",
-                "encode it with that family's autoencoder, from 'Load Autoencoder (FLUX)', "
-                "'Load VAE' or the same 'Load Nano (FLUX)'"
-                f"{_told_by_name(tokens.latent, family.latent)}.",
-            )
-    for name, size in named:
-        if size not in (1, batch):
-            raise ShapeError(
-                f"The {name} has a batch of {size}, the noise {batch}.",
-                "a batch of 1, or the same batch as the noise.",
-                "set batch_size on 'Noise (FLUX)', or hand over one picture.",
-            )
-
-
-def _told_by_name(found: LatentSpec, needed: LatentSpec) -> str:
-    """Say how a LATENT gets its name where its channels fit both."""
-    if found.channels != needed.channels:
-        return ""
-    return (
-        "; a LATENT of it goes through 'Pack Latent (FLUX)' with latent_format "
-        f"'{needed.name}', because its channels do not tell the two apart"
-    )
+    def _rope(self, sequence: TokenSequence, device: torch.device) -> Rope:
+        return rope_table(sequence.ids, self.spec.axes_dim, self.spec.theta, device)
 
 
 def _same_references(conditioning: Conditioning) -> tuple[object, ...]:
-    """Tell whether conditionings of one run share their references: values, places, guidance."""
-    places = (
-        (id(tokens.values), tokens.ids.cpu().numpy().tobytes())
-        for tokens in conditioning.references
+    """What conditionings of one run that share their references have in common."""
+    positions = (
+        (id(one.tokens.values), one.tokens.ids.cpu().numpy().tobytes())
+        for one in conditioning.references
     )
-    return (conditioning.guidance, *places)
-
-
-def _other_text(
-    widths: tuple[int, int], source: str, family: FluxFamily, spec: TransformerSpec
-) -> FamilyMismatchError:
-    """Say whose text was wired, as far as its source or its widths tell, and whose is needed."""
-    owners = dict.fromkeys(
-        one.latent.name
-        for one in FAMILIES.values()
-        if (one.transformer.context_width, one.transformer.pooled_width) == widths
-    )
-    of_whom = [" and ".join(owners)] if owners else []
-    of_whom += [f"from {source}"] if source else []
-    whose = f" ({', '.join(of_whom)})" if of_whom else ""
-    needed = f"{spec.context_width} and {spec.pooled_width}"
-    if not spec.pooled_width:
-        needed = f"{spec.context_width} wide and none pooled"
-    return FamilyMismatchError(
-        f"The text features are {widths[0]} wide, pooled {widths[1]}{whose}.",
-        f"{needed} for {family.title}, from {family.text.title}.",
-        "load this family's text encoders in 'Load Text Encoders (FLUX)' or with ComfyUI's own "
-        "loaders, or take all parts from one 'Load Nano (FLUX)'.",
-    )
+    return (conditioning.guidance, *positions)
 
 
 def build_flux(
@@ -310,7 +287,7 @@ def build_flux(
     device: torch.device | str | None = None,
     operations: Operations | None = None,
 ) -> Flux:
-    """Build the network with unset weights; `spec` is the family's own when None."""
+    """Builds the network with unset weights; `spec` is the family's own when None."""
     spec = spec or family.transformer
     return Flux(
         family,

@@ -27,7 +27,7 @@ EMBEDDING_WIDTH = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Shift:
+class Modulation:
     """One modulation: x -> gate * f((1 + scale) * norm(x) + shift), each (B, 1, hidden)."""
 
     shift: Tensor
@@ -39,10 +39,10 @@ class Shift:
 class StepModulation:
     """Every shift, scale and gate of one step."""
 
-    img: tuple[tuple[Shift, ...], ...]  # per double block: attention, mlp
-    txt: tuple[tuple[Shift, ...], ...]
-    single: tuple[Shift, ...]
-    final: Shift
+    img: tuple[tuple[Modulation, ...], ...]  # per double block: attention, mlp
+    txt: tuple[tuple[Modulation, ...], ...]
+    single: tuple[Modulation, ...]
+    final: Modulation
 
 
 def timestep_embedding(t: Tensor, width: int = EMBEDDING_WIDTH) -> Tensor:
@@ -65,16 +65,16 @@ class _Embedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
-class _Modulation(nn.Module):
+class _ModulationLayer(nn.Module):
     def __init__(self, build: Build, parts: int) -> None:
         super().__init__()
         self.lin = build.linear(build.spec.hidden, parts * build.spec.hidden)
         self.parts = parts
 
-    def forward(self, activated: Tensor) -> tuple[Shift, ...]:
+    def forward(self, activated: Tensor) -> tuple[Modulation, ...]:
         chunks = self.lin(activated)[:, None, :].chunk(self.parts, dim=-1)
         return tuple(
-            Shift(shift, 1 + scale, gate)
+            Modulation(shift, 1 + scale, gate)
             for shift, scale, gate in zip(chunks[0::3], chunks[1::3], chunks[2::3], strict=True)
         )
 
@@ -82,14 +82,14 @@ class _Modulation(nn.Module):
 class _DoubleModulation(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
-        self.img_mod = _Modulation(build, 6)
-        self.txt_mod = _Modulation(build, 6)
+        self.img_mod = _ModulationLayer(build, 6)
+        self.txt_mod = _ModulationLayer(build, 6)
 
 
 class _SingleModulation(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
-        self.modulation = _Modulation(build, 3)
+        self.modulation = _ModulationLayer(build, 3)
 
 
 class _FinalModulation(nn.Module):
@@ -99,9 +99,9 @@ class _FinalModulation(nn.Module):
             nn.SiLU(), build.linear(build.spec.hidden, 2 * build.spec.hidden)
         )
 
-    def forward(self, vec: Tensor) -> Shift:
+    def forward(self, vec: Tensor) -> Modulation:
         shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
-        return Shift(shift, 1 + scale)
+        return Modulation(shift, 1 + scale)
 
 
 class FluxModulation(nn.Module):
@@ -124,9 +124,9 @@ class FluxModulation(nn.Module):
         if spec.has_guidance:
             self.guidance_in = _Embedder(build, EMBEDDING_WIDTH)
         if spec.shares_modulation:
-            self.double_stream_modulation_img = _Modulation(build, 6)
-            self.double_stream_modulation_txt = _Modulation(build, 6)
-            self.single_stream_modulation = _Modulation(build, 3)
+            self.double_stream_modulation_img = _ModulationLayer(build, 6)
+            self.double_stream_modulation_txt = _ModulationLayer(build, 6)
+            self.single_stream_modulation = _ModulationLayer(build, 3)
         else:
             self.double_blocks = nn.ModuleList(
                 _DoubleModulation(build) for _ in range(spec.double_blocks)
@@ -156,7 +156,7 @@ class FluxModulation(nn.Module):
                 raise SettingError(
                     "No guidance is given.",
                     "a number: the network has a guidance input.",
-                    "set guidance on 'Reference Conditioner (FLUX)'.",
+                    "set [guidance].",
                 )
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
         if self.spec.pooled_width:
@@ -164,7 +164,7 @@ class FluxModulation(nn.Module):
             vec = vec + self.vector_in(pooled.to(dtype))
         return self._of_blocks(F.silu(vec), self.final_layer(vec))
 
-    def _of_blocks(self, activated: Tensor, final: Shift) -> StepModulation:
+    def _of_blocks(self, activated: Tensor, final: Modulation) -> StepModulation:
         spec = self.spec
         if spec.shares_modulation:
             return StepModulation(

@@ -35,9 +35,14 @@ def rope_table(
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn adjacent channel pairs of x (B, L, H, D) in float32; the result is float32.
+    """Rotates adjacent channel pairs of x (B, L, H, D) in float32; the result is float32.
 
-    A pair is one complex number and its turn one product: a single pass over memory.
+    A pair is one complex number and its rotation one product: a single pass over memory.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rope).flatten(-2)
+
+
+def unrotate(x: Tensor, rope: Rope) -> Tensor:
+    """The inverse of `rotate`, exact but for rounding: what a query was before its rotation."""
+    return rotate(x, rope.conj())

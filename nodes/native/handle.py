@@ -10,7 +10,7 @@ import torch
 from ...flux_core import memory
 from ...flux_core.sampling.denoise import denoise, finish, sampling_notes
 from ...flux_core.sampling.guidance import TrueCFG
-from ...flux_core.sampling.solver import SolverName
+from ...flux_core.sampling.solvers import SolverName
 from ...flux_core.types import Sigmas
 from ...flux_core.values import Conditioning, Tokens
 from .. import host

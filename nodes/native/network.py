@@ -63,7 +63,7 @@ class NativeNetwork:
         _check_inputs(self.patcher)
         for conditioning in conditionings:
             check_conditioning(conditioning, target, self.family, self.spec)
-            if conditioning.references and self.family.references.see_only_themselves:
+            if conditioning.references and self.family.references.isolated:
                 raise SettingError(
                     f"{self.family.title} is wired as ComfyUI's own MODEL.",
                     "a network in which references see themselves alone, as it was trained.",

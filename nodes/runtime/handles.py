@@ -17,7 +17,7 @@ from ...flux_core.checks import check_finite, check_latent, check_sides
 from ...flux_core.image.pixels import check_image, to_image, to_pixels
 from ...flux_core.sampling.denoise import denoise, finish, sampling_notes
 from ...flux_core.sampling.guidance import TrueCFG
-from ...flux_core.sampling.solver import SolverName
+from ...flux_core.sampling.solvers import SolverName
 from ...flux_core.specs import LatentSpec
 from ...flux_core.types import Image, Latent, Sigmas
 from ...flux_core.values import Conditioning, TextFeatures, Tokens
@@ -144,7 +144,7 @@ class ModelHandle(NotNative):
         needed = memory.plan_bytes(spec, steps, 2 * batch if twice else batch, size)
         if cfg is not None and twice and cfg.passes == "batched":
             batch *= 2
-        aside = references if self.family.references.see_only_themselves else 0
+        aside = references if self.family.references.isolated else 0
         tokens = texts + _token_count([noise]) + references - aside
         needed += memory.transformer_bytes(spec, tokens, batch, size)
         needed += memory.attended_bytes(spec, aside, batch, size) + self._made

@@ -39,10 +39,10 @@ def choose(asked: ReferenceKV, family: FluxFamily) -> ReferenceKV:
     Raises:
         SettingError: asked to keep them on a model whose references see what changes.
     """
-    if family.references.see_only_themselves:
+    if family.references.isolated:
         return "kept" if asked == "auto" else asked
     if asked in ("kept", "this run"):
-        trained = [one.title for one in FAMILIES.values() if one.references.see_only_themselves]
+        trained = [one.title for one in FAMILIES.values() if one.references.isolated]
         raise SettingError(
             f"reference_kv is '{asked}', but the references of {family.title} see the text and "
             "the picture being made, so their keys and values change in every step.",

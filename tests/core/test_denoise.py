@@ -20,7 +20,7 @@ from glassbox.flux_core.sampling.denoise import denoise, finish, sampling_notes
 from glassbox.flux_core.sampling.guidance import TrueCFG
 from glassbox.flux_core.sampling.noise import make_noise
 from glassbox.flux_core.sampling.sigmas import linear_sigmas, parse_sigmas
-from glassbox.flux_core.sampling.solver import Step
+from glassbox.flux_core.sampling.solvers import Step
 from glassbox.flux_core.specs import FluxFamily, TransformerSpec
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.transformer.flux import build_flux

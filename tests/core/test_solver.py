@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from glassbox.flux_core.sampling.sigmas import linear_sigmas, parse_sigmas
-from glassbox.flux_core.sampling.solver import SOLVERS, Step, euler, heun
+from glassbox.flux_core.sampling.solvers import SOLVERS, Step, euler, heun
 
 
 def curved(sigmas: Tensor):

@@ -112,7 +112,7 @@ def published(family: FluxFamily, net: Flux, vae: diffusers.AutoencoderKLFlux2):
         "tokenizer": None,
         "transformer": transformer,
     }
-    if family.references.see_only_themselves:
+    if family.references.isolated:
         pipeline = diffusers.Flux2KleinKVPipeline(**parts)
     elif family.transformer.has_guidance:
         pipeline = diffusers.Flux2Pipeline(**parts)

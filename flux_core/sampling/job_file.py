@@ -1,0 +1,177 @@
+"""A job on disk: JSON beside a safetensors file, to be read by another process or machine."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import CheckpointError, SettingError
+from ..families import LATENTS
+from ..values import Conditioning, Reference, TextFeatures, TokenCount, Tokens
+from .guidance import TrueCFG
+from .job import Job
+
+FORMAT = 1
+_Json = dict[str, Any]
+
+
+def write_job(job: Job, path: Path) -> None:
+    """Writes `path` (.json) and the tensors beside it (.safetensors).
+
+    Raises:
+        SettingError: edits, which are code and not data.
+    """
+    if job.edits:
+        raise SettingError(
+            f"The job has {len(job.edits)} edits after its steps.",
+            "a job of data alone.",
+            "leave the edits out, and add them where the job is run.",
+        )
+    tensors: dict[str, Tensor] = {}
+
+    def hold(name: str, tensor: Tensor | None) -> str | None:
+        if tensor is None:
+            return None
+        tensors[name] = tensor.detach().cpu().contiguous().clone()
+        return name
+
+    cfg = job.cfg
+    written: _Json = {
+        "format": FORMAT,
+        "solver": job.solver,
+        "sigmas": [float(sigma) for sigma in job.sigmas],
+        "conditioning": _conditioning_out(job.conditioning, "conditioning", hold),
+        "noise": _tokens_out(job.noise, "noise", hold),
+        "start": None if job.start is None else _tokens_out(job.start, "start", hold),
+        "cfg": None
+        if cfg is None
+        else {
+            "negative": _conditioning_out(cfg.negative, "negative", hold),
+            "scale": cfg.scale,
+            "start": cfg.start,
+            "end": cfg.end,
+            "passes": cfg.passes,
+        },
+    }
+    save_file(tensors, path.with_suffix(".safetensors"))
+    path.write_text(json.dumps(written, indent=1), encoding="utf-8")
+
+
+def read_job(path: Path) -> Job:
+    """Reads what `write_job` wrote.
+
+    Raises:
+        CheckpointError: a file is missing, or holds no job of this format.
+    """
+    try:
+        written: Any = json.loads(path.read_text(encoding="utf-8"))
+        tensors = load_file(path.with_suffix(".safetensors"))
+        if written["format"] != FORMAT:
+            raise _no_job(path, f"format {written['format']!r}")
+        cfg = written["cfg"]
+        return Job(
+            conditioning=_conditioning_in(written["conditioning"], tensors),
+            noise=_tokens_in(written["noise"], tensors),
+            sigmas=torch.tensor(written["sigmas"], dtype=torch.float32),
+            solver=written["solver"],
+            start=None if written["start"] is None else _tokens_in(written["start"], tensors),
+            cfg=None
+            if cfg is None
+            else TrueCFG(**{**cfg, "negative": _conditioning_in(cfg["negative"], tensors)}),
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise _no_job(path, f"{type(error).__name__}: {error}") from error
+
+
+def _no_job(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} holds no job: {found}.",
+        f"JSON of format {FORMAT}, and a safetensors file of the same name beside it.",
+        "write it again.",
+    )
+
+
+def _conditioning_out(
+    one: Conditioning, name: str, hold: Callable[[str, Tensor | None], str | None]
+) -> _Json:
+    text = one.text
+    return {
+        "text": {
+            "txt": hold(f"{name}.txt", text.txt),
+            "pooled": hold(f"{name}.pooled", text.pooled),
+            "counts": [asdict(count) for count in text.counts],
+            "notes": list(text.notes),
+            "source": text.source,
+        },
+        "references": [
+            {
+                "tokens": _tokens_out(each.tokens, f"{name}.reference_{number}", hold),
+                "name": each.name,
+                "strength": each.strength,
+                "mask": hold(f"{name}.reference_{number}.mask", each.mask),
+                "steps": list(each.steps),
+                "blocks": None if each.blocks is None else list(each.blocks),
+            }
+            for number, each in enumerate(one.references, 1)
+        ],
+        "guidance": one.guidance,
+        "notes": list(one.notes),
+    }
+
+
+def _conditioning_in(written: _Json, tensors: dict[str, Tensor]) -> Conditioning:
+    text = written["text"]
+    return Conditioning(
+        text=TextFeatures(
+            txt=tensors[text["txt"]],
+            pooled=None if text["pooled"] is None else tensors[text["pooled"]],
+            counts=tuple(TokenCount(**count) for count in text["counts"]),
+            notes=tuple(text["notes"]),
+            source=text["source"],
+        ),
+        references=tuple(
+            Reference(
+                tokens=_tokens_in(one["tokens"], tensors),
+                name=one["name"],
+                strength=one["strength"],
+                mask=None if one["mask"] is None else tensors[one["mask"]],
+                steps=(one["steps"][0], one["steps"][1]),
+                blocks=None if one["blocks"] is None else tuple(one["blocks"]),
+            )
+            for one in written["references"]
+        ),
+        guidance=written["guidance"],
+        notes=tuple(written["notes"]),
+    )
+
+
+def _tokens_out(
+    tokens: Tokens, name: str, hold: Callable[[str, Tensor | None], str | None]
+) -> _Json:
+    return {
+        "values": hold(f"{name}.values", tokens.values),
+        "ids": hold(f"{name}.ids", tokens.ids),
+        "cells": hold(f"{name}.cells", tokens.cells),
+        "grid": list(tokens.grid),
+        "latent": tokens.latent.name,
+        "is_noise": tokens.is_noise,
+    }
+
+
+def _tokens_in(written: _Json, tensors: dict[str, Tensor]) -> Tokens:
+    return Tokens(
+        values=tensors[written["values"]],
+        ids=tensors[written["ids"]],
+        cells=None if written["cells"] is None else tensors[written["cells"]],
+        grid=(written["grid"][0], written["grid"][1]),
+        latent=LATENTS[written["latent"]],
+        is_noise=written["is_noise"],
+    )

@@ -1,0 +1,117 @@
+"""The one way to sample: check a job, plan it, step, and return an image's tokens."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..errors import NonFiniteError
+from ..types import TokenValues
+from ..values import Conditioning, Tokens
+from .check import check_job
+from .guidance import Network, StepPlan, guided
+from .job import Job
+from .notes import run_notes
+from .sigmas import check_sigmas
+from .solvers import SOLVERS, Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A job that is checked and planned. Iterated over, it steps; each step is done when asked."""
+
+    job: Job
+    plan: StepPlan
+    x: TokenValues  # (B, N, D) float32 at sigmas[0], where the plan computes
+    sigmas: Sequence[float]
+    notes: tuple[str, ...]  # what it does that its settings may not lead one to expect
+
+    def __iter__(self) -> Iterator[Step]:
+        """Yields every step; the x of the last is the image, which `finish` turns into tokens."""
+        steps = torch.no_grad()(SOLVERS[self.job.solver].steps)
+        return steps(self.plan.velocity, self.x, self.sigmas, self._edit)
+
+    def _edit(self, x: TokenValues, sigma_next: float) -> TokenValues:
+        for edit in self.job.edits:
+            x = edit(x, sigma_next)
+        return x
+
+
+@torch.no_grad()
+def run(network: Network, job: Job, *, may_stop: bool = False) -> Run:
+    """Checks a job and plans it; the result is iterated over, one step for each `next`.
+
+    References are part of the plan, so no step can change them.
+
+    Args:
+        network: the transformer.
+        job: everything else.
+        may_stop: sigmas may end above 0, for whoever goes on from there.
+
+    Raises:
+        FamilyMismatchError: parts of another family.
+        ShapeError: batches or sizes that do not go together.
+        NonFiniteError: NaN or infinity in an input.
+        SettingError: sigmas, solver, guidance or a control that cannot be followed.
+
+    Source: black-forest-labs/flux@802fb47 src/flux/sampling.py denoise; begins as
+        Comfy-Org/ComfyUI@14b05228 comfy/model_sampling.py CONST.noise_scaling.
+    """
+    sigmas = check_sigmas(job.sigmas, may_stop=may_stop)
+    check_job(network, job)
+    notes = run_notes(network, job)
+    cfg = job.cfg
+    if cfg is not None:
+        cfg = replace(cfg, negative=_with_guidance(cfg.negative, network))
+    levels = [float(sigma) for sigma in sigmas]
+    plan = guided(
+        network,
+        _with_guidance(job.conditioning, network),
+        job.noise,
+        levels,
+        SOLVERS[job.solver].asks(levels),
+        cfg,
+    )
+    x = _begin(job.noise, levels[0], job.start).to(plan.device)
+    return Run(job=job, plan=plan, x=x, sigmas=levels, notes=notes)
+
+
+def finish(x: TokenValues, target: Tokens) -> Tokens:
+    """Turns a step's x into tokens the autoencoder's latent can be unpacked from.
+
+    Args:
+        x: (B, N, D) in the transformer's scale: the last step's `x`, or any step's `denoised`.
+        target: the noise the run began with.
+
+    Returns:
+        Tokens of an image, unscaled, with the target's position ids, on x's device.
+
+    Raises:
+        NonFiniteError: the network computed NaN or infinity.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError(
+            "The model computed NaN or infinity.",
+            "finite values.",
+            "set [model dtype] to bfloat16 or float32: float16 overflows on some models and "
+            "devices.",
+        )
+    return replace(target, values=target.latent.from_network(x), is_noise=False)
+
+
+def _begin(noise: Tokens, sigma: float, start: Tokens | None) -> TokenValues:
+    """Mixes noise and image as the flow has them at `sigma`, in the transformer's scale."""
+    x = sigma * noise.values.float()
+    if start is None or sigma == 1.0:
+        return x
+    return x + (1.0 - sigma) * start.latent.to_network(start.values).to(x.device)
+
+
+def _with_guidance(conditioning: Conditioning, network: Network) -> Conditioning:
+    """Fills in the family's default; a network without the input gets none."""
+    guidance = conditioning.guidance
+    if not network.spec.has_guidance:
+        guidance = None
+    elif guidance is None:
+        guidance = network.family.default_guidance
+    return replace(conditioning, guidance=guidance)

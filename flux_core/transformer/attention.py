@@ -1,0 +1,88 @@
+"""Attention, as it is handed to the network: what computes it, and what goes around it.
+
+The blocks call whatever attention the network was given. Plain PyTorch is the default; ComfyUI
+hands in its own choice. What changes who sees whom is something around an attention.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tokens.sequence import TokenSequence
+from .rope import Rope
+
+_MATH_ELEMENTS = 2**26  # of one piece of the attention matrix, where it is computed by hand
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Which attention this is, out of all of a run."""
+
+    step: int  # of the run, from 0
+    sigma: float
+    block: int  # double blocks first, then single blocks
+    queries: TokenSequence  # what the tokens of q are, in order
+    keys: TokenSequence  # what the tokens of k and v are, in order
+    rope: Rope  # of the queries: `unrotate(q, where.rope)` has them without it
+
+
+class Attention(Protocol):
+    """Computes softmax(q k^T / sqrt(D)) v."""
+
+    @property
+    def name(self) -> str:
+        """Which backend it is: results of another are not reused."""
+        ...
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
+        """Attends from q (B, Q, H, D) to k, v (B, L, H, D); returns (B, Q, H D)."""
+        ...
+
+    def with_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, where: Where
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same with the log-sum-exp of the logits, (B, H, Q) float32; None: not to be had."""
+        ...
+
+
+class PyTorchAttention:
+    """PyTorch's own choice of kernel."""
+
+    name = "pytorch"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
+        """Attends from q (B, Q, H, D) to k, v (B, L, H, D); returns (B, Q, H D)."""
+        del where
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> tuple[Tensor, Tensor]:
+        """The same with the log-sum-exp of the logits, (B, H, Q) float32."""
+        del where
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        attended, lse = _attend_with_lse(q, k, v)
+        return attended.transpose(1, 2).flatten(2), lse
+
+
+def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Kernels that PyTorch has on the CPU and on CUDA; elsewhere by hand, piece by piece."""
+    count = q.shape[2]
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    if q.device.type == "cuda":
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        attended, lse, *_ = kernel(q, k, v, None, True)
+        return attended, lse[..., :count]  # the kernel pads it
+    size = max(1, _MATH_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    pieces = [_by_hand(piece, k, v) for piece in q.split(size, dim=2)]
+    return torch.cat([one for one, _ in pieces], 2), torch.cat([one for _, one in pieces], 2)
+
+
+def _by_hand(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    logits = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    lse = logits.logsumexp(-1)
+    return ((logits - lse[..., None]).exp() @ v.float()).to(q.dtype), lse

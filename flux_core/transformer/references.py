@@ -1,0 +1,129 @@
+"""Isolated references: what a model trained for it computes once, and every step reuses.
+
+They see themselves alone, at t = 0. So what each block's other tokens see of them, their rotated
+keys and values, depends on weights and references only, and may be cached. Both halves are
+something around an attention: one writes keys and values down, the other joins them to its own.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..tokens.sequence import TokenSequence
+from .attention import Attention, Where
+from .blocks import DoubleBlock, SingleBlock
+from .flux_blocks import FluxBlocks
+from .modulation import StepModulation
+from .rope import Rope
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """Rotated keys and values (1 or B, R, H, D) that tokens of one block attend to as well."""
+
+    key: Tensor
+    value: Tensor
+
+
+class _Recorder:
+    """Attends as `attention` does, and holds the last keys and values it saw."""
+
+    def __init__(self, attention: Attention) -> None:
+        self.attention, self.name = attention, attention.name
+        self._seen: KeyValue | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
+        self._seen = KeyValue(k, v.contiguous())  # v is a view into a wide projection
+        return self.attention(q, k, v, where) if q.shape[1] else q.flatten(2)
+
+    def with_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, where: Where
+    ) -> tuple[Tensor, Tensor] | None:
+        return self.attention.with_lse(q, k, v, where)
+
+    def take(self) -> KeyValue:
+        seen, self._seen = self._seen, None
+        assert seen is not None
+        return seen
+
+
+class JoinedReferences:
+    """Attends as `attention` does, with cached keys and values joined block by block.
+
+    Args:
+        attention: what computes.
+        cached: keys and values of each block, in the order in which blocks attend.
+        sequence: the whole sequence, references included; says where they stand in it.
+    """
+
+    def __init__(
+        self, attention: Attention, cached: Iterable[KeyValue], sequence: TokenSequence
+    ) -> None:
+        self.attention, self.name, self.sequence = attention, attention.name, sequence
+        self._cached = iter(cached)
+        self._range = sequence.range_of("reference")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
+        """Attends to the block's own tokens and the references; see `Attention`."""
+        return self.attention(q, *self._join(k, v), replace(where, keys=self.sequence))
+
+    def with_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, where: Where
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same with the log-sum-exp; see `Attention`."""
+        return self.attention.with_lse(q, *self._join(k, v), replace(where, keys=self.sequence))
+
+    def _join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        cached, at = next(self._cached), self._range.start
+        return _insert(k, cached.key, at), _insert(v, cached.value, at)
+
+
+def _insert(own: Tensor, cached: Tensor, at: int) -> Tensor:
+    cached = cached.expand(own.shape[0], -1, -1, -1)
+    return torch.cat((own[:, :at], cached, own[:, at:]), dim=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferencePass:
+    """Isolated references on their way through the blocks, with no text and no target.
+
+    Iterated over, it computes keys and values anew, block by block.
+
+    Source: black-forest-labs/flux2 src/flux2/model.py forward_kv_extract.
+    """
+
+    blocks: FluxBlocks
+    attention: Attention
+    references: Tensor  # (B, R, hidden), projected
+    sequence: TokenSequence  # of references alone
+    rope: Rope
+    modulation: StepModulation  # at t = 0
+
+    def __iter__(self) -> Iterator[KeyValue]:
+        """Yields what each double, then each single block's other tokens see of them."""
+        x, mod = self.references, self.modulation
+        recorder = _Recorder(self.attention)
+        doubles = cast(Sequence[DoubleBlock], self.blocks.double_blocks)
+        singles = cast(Sequence[SingleBlock], self.blocks.single_blocks)
+        where = Where(
+            step=0, sigma=0.0, block=0, queries=self.sequence, keys=self.sequence, rope=self.rope
+        )
+        for double, img, txt in zip(doubles, mod.img, mod.txt, strict=True):
+            x, _ = double(x, x[:, :0], img, txt, self.rope, recorder, where)
+            yield recorder.take()
+            where = replace(where, block=where.block + 1)
+        for single, one in zip(singles, mod.single, strict=True):
+            # Nobody reads the last block's result: no token asks in it.
+            wanted = slice(0, 0) if single is singles[-1] else slice(None)
+            x = single(x, one, self.rope, recorder, where, wanted)
+            yield recorder.take()
+            where = replace(where, block=where.block + 1)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        count = len(self.blocks.double_blocks) + len(self.blocks.single_blocks)
+        return 2 * count * self.references.numel() * self.references.element_size()
