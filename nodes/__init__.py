@@ -4,12 +4,13 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from . import host
-from .handover import ApplyToModel, ToConditioning
+from .handover import ApplyToModel, GuiderNode, ToConditioning
 from .images import EncodeAndPack, FitImage, UnpackAndDecode
 from .loaders import LoadAutoencoder, LoadModel, LoadNano, LoadTextEncoders
 from .lora import ApplyLoRA
+from .noise import Noise, Schedule
 from .references import ReferenceConditioner
-from .sampling import Noise, SampleGuided, SampleTrueCFG, Schedule
+from .sampling import SampleGuided, SampleTrueCFG
 from .text import EncodeText
 from .tokens import InspectTokens, PackLatent, PositionIds, UnpackLatent
 
@@ -34,6 +35,7 @@ NODES: list[type[io.ComfyNode]] = [
     ToConditioning,
     ApplyToModel,
     ApplyLoRA,
+    GuiderNode,
 ]
 
 

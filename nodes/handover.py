@@ -1,12 +1,16 @@
-"""Out to ComfyUI's own nodes: conditioning with references, and their places on a MODEL."""
+"""Out to ComfyUI's own nodes: conditioning, position ids on a MODEL, and a GUIDER."""
 
 from comfy_api.latest import io
 from typing_extensions import override
 
+from ..flux_core.sampling.guidance import Passes, TrueCFG
 from . import host
 from .native.conditioning import AnyConditioning, as_conditioning
+from .native.handle import AnyModel, as_model
+from .runtime.reference_cache import ReferenceKV, choose
+from .sampling import reference_kv_input
 from .settings import Node
-from .sockets import conditioning_input
+from .sockets import conditioning_input, model_input
 
 _CATEGORY = "FLUX Glassbox/native"
 
@@ -39,7 +43,7 @@ class ToConditioning(Node):
         from .native.conditioning_out import to_native  # imported with the first use: it takes time
 
         native, report, notes = to_native(conditioning)
-        host.tell(notes)
+        host.notify(notes)
         return io.NodeOutput(native, report)
 
 
@@ -74,3 +78,92 @@ class ApplyToModel(Node):
         from .native.model import apply_places
 
         return io.NodeOutput(apply_places(model, as_conditioning(conditioning)))
+
+
+class GuiderNode(Node):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GlassboxGuider",
+            display_name="Guider (FLUX)",
+            category=_CATEGORY,
+            description="Let ComfyUI's own samplers run this pack's network, with its references "
+            "and their cache: for SamplerCustomAdvanced, with any SAMPLER, NOISE and mask.",
+            search_aliases=["basic guider", "cfg guider", "sampler custom advanced", "native"],
+            inputs=[
+                model_input("From a loader, or a native MODEL with its LoRAs."),
+                conditioning_input(
+                    "conditioning", "From Reference Conditioner, or a native CONDITIONING."
+                ),
+                conditioning_input(
+                    "negative",
+                    "What to move away from, with the same references; native CONDITIONING too. "
+                    "Without it every step has one pass.",
+                    optional=True,
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=4.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Scale of true CFG, 0 to 100, 4 for klein base; read where negative is "
+                    "wired. 1 or less runs the positive pass alone.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="First step with two passes, as a fraction of the steps, 0 to 1.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="First step without them again, as a fraction of the steps, 0 to 1.",
+                ),
+                io.Combo.Input(
+                    "passes",
+                    options=["batched", "in turn"],
+                    optional=True,
+                    advanced=True,
+                    tooltip="batched: both in one batch. in turn: one after the other, with half "
+                    "the memory; the two may then differ in length and references.",
+                ),
+                reference_kv_input(),
+            ],
+            outputs=[io.Guider.Output("guider", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls,
+        model: AnyModel,
+        conditioning: AnyConditioning,
+        negative: AnyConditioning | None = None,
+        cfg: float = 4.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        passes: Passes = "batched",
+        reference_kv: ReferenceKV = "auto",
+    ) -> io.NodeOutput:
+        from .native.guider import Guider
+
+        handle = as_model(model)
+        given = as_conditioning(conditioning, handle)
+        settings = None
+        if negative is not None:
+            avoid = as_conditioning(negative, handle, "negative")
+            settings = TrueCFG(negative=avoid, scale=cfg, start=start, end=end, passes=passes)
+        return io.NodeOutput(Guider(handle, given, settings, choose(reference_kv, handle.family)))

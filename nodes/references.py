@@ -6,7 +6,7 @@ from typing_extensions import override
 from ..flux_core.errors import SettingError
 from ..flux_core.specs import Placement
 from ..flux_core.tokens.references import check_references, place_references
-from ..flux_core.values import Conditioning, Tokens
+from ..flux_core.values import Conditioning, Reference, Tokens
 from ..flux_core.weights.names import shorten
 from . import host
 from .native.conditioning import AnyText, as_text
@@ -14,6 +14,7 @@ from .native.latent import as_tokens, is_latent
 from .settings import Node
 from .sockets import ConditioningSocket, text_input, tokens_input
 
+_AUTO_GUIDANCE = -1.0  # saved graphs hold numbers, so auto is one that no guidance is
 _MAX_REFERENCES = 100  # ComfyUI's own limit for inputs that grow
 _NAMES = [f"reference_{number}" for number in range(1, _MAX_REFERENCES + 1)]
 
@@ -33,20 +34,22 @@ class ReferenceConditioner(Node):
                 text_input("From Encode Text; or a native CONDITIONING, for its text alone."),
                 io.Float.Input(
                     "guidance",
-                    default=2.5,
-                    min=0.0,
+                    default=_AUTO_GUIDANCE,
+                    min=_AUTO_GUIDANCE,
                     max=100.0,
                     step=0.1,
-                    tooltip="Strength of the text, 0 to 100, read by guidance-distilled models: "
-                    "Kontext 2.5, FLUX.2 [dev] 4, nano kontext 1. FLUX.1 [schnell] and the kleins "
-                    "ignore it.",
+                    tooltip="Strength of the text, 0 to 100, read by guidance-distilled models. "
+                    "-1: auto, the model's own: Kontext 2.5, FLUX.2 [dev] 4, nano kontext 1. "
+                    "FLUX.1 [schnell] and the kleins ignore it.",
                 ),
                 io.Combo.Input(
                     "placement",
-                    options=["offset", "index", "single", "as wired"],
-                    tooltip="Places of the references. index: one layer each, as FLUX.2 was "
-                    "trained. single: one, as Kontext was trained. offset: side by side on one "
-                    "canvas, ComfyUI's way for several on FLUX.1. as wired: what Position Ids set.",
+                    options=["offset", "index", "single", "as wired", "auto"],
+                    default="auto",
+                    tooltip="Position ids of the references. auto: index on FLUX.2, offset on "
+                    "FLUX.1. index: one layer each, as FLUX.2 was trained. single: one, as Kontext "
+                    "was trained. offset: side by side on one canvas, ComfyUI's way for several on "
+                    "FLUX.1. as wired: what Position Ids set.",
                 ),
                 io.Autogrow.Input(
                     "references",
@@ -81,15 +84,19 @@ class ReferenceConditioner(Node):
             raise SettingError(
                 f"references holds {found}.",
                 f"tokens on reference_1, reference_2, … to reference_{_MAX_REFERENCES}.",
-                "wire 'Encode and Pack (FLUX)' to each; in API form the inputs are called "
+                "wire [image encoding] to each; in API form the inputs are called "
                 "references.reference_1 and so on.",
             )
         ordered = [as_tokens(wired[name]) for name in _NAMES if wired.get(name) is not None]
         check_references(ordered)
         placed = place_references(ordered, placement)
-        features, notes = as_text(text, guidance)
-        host.tell(notes)
-        return io.NodeOutput(Conditioning(text=features, references=placed, guidance=guidance))
+        features, strength, notes = as_text(text, None if guidance == _AUTO_GUIDANCE else guidance)
+        if placement == "auto" and len(placed) > 1:
+            latent = placed[0].latent
+            notes.append(f"placement is {latent.placement}, the default of {latent.name}.")
+        host.notify(notes)
+        references = tuple(Reference(tokens=one) for one in placed)
+        return io.NodeOutput(Conditioning(text=features, references=references, guidance=strength))
 
 
 def _is_tokens_by_name(wired: object) -> bool:

@@ -1,35 +1,21 @@
-"""Noise, noise levels, and the samplers."""
+"""The samplers."""
 
 from comfy_api.latest import io
 from typing_extensions import override
 
-from ..flux_core.checks import check_latent
-from ..flux_core.memory import noise_bytes
 from ..flux_core.sampling.guidance import Passes, TrueCFG
-from ..flux_core.sampling.noise import MAX_SEED, make_noise
-from ..flux_core.sampling.sigmas import SigmaKind, make_sigmas
+from ..flux_core.sampling.job import Job
 from ..flux_core.sampling.solvers import SOLVERS, SolverName
-from . import host
+from ..flux_core.values import Tokens
 from .native.conditioning import AnyConditioning, as_conditioning
 from .native.handle import AnyModel, as_model
 from .native.latent import AnyTokens, as_tokens
-from .native.skipped import shift_notes
 from .runtime.reference_cache import REFERENCE_KV, ReferenceKV
+from .runtime.sample import Handle, sample
 from .settings import Node
 from .sockets import TokensSocket, conditioning_input, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/sampling"
-
-
-def _side_input(name: str) -> io.Int.Input:
-    return io.Int.Input(
-        name,
-        default=1024,
-        min=16,
-        max=host.MAX_SIDE_PX,
-        step=16,
-        tooltip="Of the picture to make, in pixels, a multiple of 16. Wire Fit Image's to it.",
-    )
 
 
 def _solver_input() -> io.Combo.Input:
@@ -37,11 +23,12 @@ def _solver_input() -> io.Combo.Input:
         "solver",
         options=list(SOLVERS),
         tooltip="euler: one pass a step, what FLUX was published with. heun: second order, two "
-        "passes a step.",
+        "passes a step. dpm++ 2m, res multistep: second order, one pass a step. Not read when a "
+        "SAMPLER is wired.",
     )
 
 
-def _reference_kv_input() -> io.Combo.Input:
+def reference_kv_input() -> io.Combo.Input:
     return io.Combo.Input(
         "reference_kv",
         options=list(REFERENCE_KV),
@@ -55,114 +42,20 @@ def _reference_kv_input() -> io.Combo.Input:
     )
 
 
-class Noise(Node):
-    @classmethod
-    @override
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="GlassboxNoise",
-            display_name="Noise (FLUX)",
-            category=_CATEGORY,
-            description="Draw the noise the picture is made from, as tokens at the target's "
-            "places. A seed gives the same noise on every machine, and ComfyUI's own.",
-            search_aliases=["random noise", "empty latent", "seed", "size"],
-            inputs=[
-                model_input("The model that will sample: from a loader, or a native MODEL."),
-                _side_input("width"),
-                _side_input("height"),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="0 to 2^64 - 1.",
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=4096,
-                    tooltip="Pictures made at once, 1 to 4096; memory decides.",
-                ),
-            ],
-            outputs=[TokensSocket.Output("noise")],
-        )
-
-    @classmethod
-    @override
-    def execute(
-        cls, model: AnyModel, width: int, height: int, seed: int, batch_size: int
-    ) -> io.NodeOutput:
-        latent = as_model(model).family.latent
-        host.require_room(
-            noise_bytes(latent, height, width, batch_size),
-            f"Noise for {batch_size} of {width}x{height}",
-            "make the picture or the batch smaller.",
-        )
-        return io.NodeOutput(make_noise(latent, height, width, seed, batch_size))
-
-
-class Schedule(Node):
-    @classmethod
-    @override
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="GlassboxSchedule",
-            display_name="Schedule (FLUX)",
-            category=_CATEGORY,
-            description="Choose the noise level of every step. The flux schedule depends on the "
-            "size of the picture, with FLUX.2 on the number of steps too, never on text or "
-            "references.",
-            search_aliases=["flux scheduler", "sigmas", "steps", "karras", "shift"],
-            inputs=[
-                model_input("The model that will sample: from a loader, or a native MODEL."),
-                tokens_input(
-                    "noise", "From Noise, or a native LATENT: its token count sets the shift."
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=30,
-                    min=1,
-                    max=1000,
-                    tooltip="1 to 1000. Kontext 30, schnell and klein 4, klein base and FLUX.2 dev "
-                    "50, nano Kontext 8, nano klein 4.",
-                ),
-                io.Combo.Input(
-                    "kind",
-                    options=["flux", "linear", "karras", "exponential", "by hand"],
-                    tooltip="flux: the model's own. linear: evenly spaced. karras, exponential: "
-                    "other curves between the same ends. by hand: the numbers below.",
-                ),
-                io.String.Input(
-                    "sigmas",
-                    default="",
-                    advanced=True,
-                    placeholder="1.0, 0.75, 0.5, 0.25, 0",
-                    tooltip="For kind by hand: numbers falling from at most 1 to 0; steps is not "
-                    "read then.",
-                ),
-            ],
-            outputs=[io.Sigmas.Output("sigmas")],
-        )
-
-    @classmethod
-    @override
-    def execute(
-        cls,
-        model: AnyModel,
-        noise: AnyTokens,
-        steps: int,
-        kind: SigmaKind,
-        sigmas: str,
-    ) -> io.NodeOutput:
-        family = as_model(model).family
-        tokens = as_tokens(noise, family.latent)
-        check_latent(tokens.latent, family.latent, "noise")
-        count = tokens.ids.shape[0]
-        if kind == "flux":
-            host.tell(shift_notes(model))
-        return io.NodeOutput(make_sigmas(family.schedule, count, steps, kind=kind, by_hand=sigmas))
+def _start_and_sampler_inputs() -> list[io.Input]:
+    return [
+        tokens_input(
+            "start_tokens",
+            "A picture to begin from, from Encode and Pack or a native LATENT of the noise's size. "
+            "It is seen where the sigmas begin below 1: set denoise on Schedule.",
+            optional=True,
+        ),
+        io.Sampler.Input(
+            "sampler",
+            optional=True,
+            tooltip="A native SAMPLER in place of solver, such as KSamplerSelect's.",
+        ),
+    ]
 
 
 class SampleGuided(Node):
@@ -186,7 +79,8 @@ class SampleGuided(Node):
                     "sigmas", tooltip="From Schedule: falling from at most 1 to 0, one a step."
                 ),
                 _solver_input(),
-                _reference_kv_input(),
+                reference_kv_input(),
+                *_start_and_sampler_inputs(),
             ],
             outputs=[TokensSocket.Output("tokens")],
         )
@@ -201,11 +95,18 @@ class SampleGuided(Node):
         sigmas: io.Sigmas.Type,
         solver: SolverName,
         reference_kv: ReferenceKV = "auto",
+        start_tokens: AnyTokens | None = None,
+        sampler: io.Sampler.Type | None = None,
     ) -> io.NodeOutput:
         handle = as_model(model)
-        given = as_conditioning(conditioning, handle)
-        tokens = handle.sample(given, noise, sigmas, solver, None, reference_kv)
-        return io.NodeOutput(tokens)
+        job = Job(
+            conditioning=as_conditioning(conditioning, handle),
+            noise=noise,
+            sigmas=sigmas,
+            solver=solver,
+            start=_start(start_tokens, handle),
+        )
+        return io.NodeOutput(sample(handle, job, reference_kv, sampler))
 
 
 class SampleTrueCFG(Node):
@@ -273,7 +174,8 @@ class SampleTrueCFG(Node):
                     "the memory; the two may then differ in length and references.",
                 ),
                 _solver_input(),
-                _reference_kv_input(),
+                reference_kv_input(),
+                *_start_and_sampler_inputs(),
             ],
             outputs=[TokensSocket.Output("tokens")],
         )
@@ -293,10 +195,22 @@ class SampleTrueCFG(Node):
         passes: Passes,
         solver: SolverName,
         reference_kv: ReferenceKV = "auto",
+        start_tokens: AnyTokens | None = None,
+        sampler: io.Sampler.Type | None = None,
     ) -> io.NodeOutput:
         handle = as_model(model)
         make = as_conditioning(positive, handle, "positive")
         avoid = as_conditioning(negative, handle, "negative")
-        settings = TrueCFG(negative=avoid, scale=cfg, start=start, end=end, passes=passes)
-        tokens = handle.sample(make, noise, sigmas, solver, settings, reference_kv)
-        return io.NodeOutput(tokens)
+        job = Job(
+            conditioning=make,
+            noise=noise,
+            sigmas=sigmas,
+            solver=solver,
+            cfg=TrueCFG(negative=avoid, scale=cfg, start=start, end=end, passes=passes),
+            start=_start(start_tokens, handle),
+        )
+        return io.NodeOutput(sample(handle, job, reference_kv, sampler))
+
+
+def _start(wired: AnyTokens | None, handle: Handle) -> Tokens | None:
+    return None if wired is None else as_tokens(wired, handle.family.latent)

@@ -35,6 +35,7 @@ SETTINGS = {
     "guided sampling": "'Sample Guided (FLUX)'",
     "true CFG": _CFG,
     "native conditioning": "'To Conditioning (FLUX)'",
+    "guider": "'Guider (FLUX)'",
     "native positions": "'Apply To Model (FLUX)'",
     # widgets and inputs
     "family": "family on 'Load Model (FLUX)'",
@@ -69,7 +70,7 @@ SETTINGS = {
     "passes": f"passes on {_CFG}",
     "solver": "solver on the sampler",
     "sampler": "sampler on the sampler",
-    "start picture": "start_tokens on the sampler",
+    "start tokens": "start_tokens on the sampler",
     "reference_kv": "reference_kv on the sampler",
 }
 

@@ -77,9 +77,11 @@ class ConditioningSocket(io.ComfyTypeIO):
     Type = values.Conditioning
 
 
-def conditioning_input(name: str, tooltip: str) -> io.MultiType.Input:
+def conditioning_input(name: str, tooltip: str, *, optional: bool = False) -> io.MultiType.Input:
     """An input that takes our conditioning, or ComfyUI's own CONDITIONING."""
-    return io.MultiType.Input(name, types=[ConditioningSocket, io.Conditioning], tooltip=tooltip)
+    return io.MultiType.Input(
+        name, types=[ConditioningSocket, io.Conditioning], tooltip=tooltip, optional=optional
+    )
 
 
 @io.comfytype(io_type="GLASSBOX_FIT")

@@ -73,7 +73,7 @@ class EncodeText(Node):
     ) -> io.NodeOutput:
         text = _as_text_encoders(text_encoders).encode(prompt, prompt_2, t5_tokens or None)
         counts = [asdict(count) for count in text.counts]
-        host.tell(text.notes)
+        host.notify(text.notes)
         report = "\n".join([*map(_describe, text.counts), *text.notes])
         return io.NodeOutput(text, report, ui={"glassbox_text": counts})
 

@@ -7,6 +7,9 @@ batch-normalised. Deviation: neither direction applies the transformer's scale a
 belong to the plan (LatentSpec). A sample's spread is clamped as huggingface/diffusers 0.42.1 does.
 """
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +18,8 @@ from ..errors import ShapeError
 from ..operations import Operations, torch_operations
 from ..specs import AutoencoderSpec
 from ..types import Latent
+
+AttendCells: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, C, h, w) each
 
 
 class _Build:
@@ -68,6 +73,16 @@ class _ResBlock(nn.Module):
         return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
 
 
+def attend_cells(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Single-head attention over all cells, by PyTorch: q, k, v and result (B, C, h, w)."""
+    seen = [
+        one.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # (B, 1, h w, C)
+        for one in (q, k, v)
+    ]
+    attended = F.scaled_dot_product_attention(*seen)
+    return attended.squeeze(1).transpose(1, 2).reshape(q.shape)
+
+
 class _Attention(nn.Module):
     """Single-head self-attention over all cells, with 1x1 convolutions."""
 
@@ -78,17 +93,11 @@ class _Attention(nn.Module):
         self.k = build.conv(channels, channels, 1)
         self.v = build.conv(channels, channels, 1)
         self.proj_out = build.conv(channels, channels, 1)
+        self.attend: AttendCells = attend_cells
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, rows, columns = x.shape
         normed = self.norm(x)
-        q, k, v = (
-            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # (B, 1, h w, C)
-            for layer in (self.q, self.k, self.v)
-        )
-        h = F.scaled_dot_product_attention(q, k, v)
-        h = h.squeeze(1).transpose(1, 2).reshape(batch, channels, rows, columns)
-        return x + self.proj_out(h)
+        return x + self.proj_out(self.attend(self.q(normed), self.k(normed), self.v(normed)))
 
 
 class _Downsample(nn.Module):
@@ -244,6 +253,12 @@ class Autoencoder(nn.Module):
         self.encoder = _Encoder(spec, build)
         self.decoder = _Decoder(spec, build)
         self.bn = _LatentNorm(spec.latent.channels, device) if spec.patch > 1 else None
+
+    def use_attention(self, attend: AttendCells) -> None:
+        """Hands in what computes attention over all cells; `attend_cells` until then."""
+        for module in self.modules():
+            if isinstance(module, _Attention):
+                module.attend = attend
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Give mean and log variance of the bottleneck, each (B, c, H/8, W/8)."""

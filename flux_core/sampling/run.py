@@ -9,7 +9,7 @@ from ..errors import NonFiniteError
 from ..types import TokenValues
 from ..values import Conditioning, Tokens
 from .check import check_job
-from .guidance import Network, StepPlan, guided
+from .guidance import Guided, Network, guided
 from .job import Job
 from .notes import run_notes
 from .sigmas import check_sigmas
@@ -21,7 +21,7 @@ class Run:
     """A job that is checked and planned. Iterated over, it steps; each step is done when asked."""
 
     job: Job
-    plan: StepPlan
+    plan: Guided
     x: TokenValues  # (B, N, D) float32 at sigmas[0], where the plan computes
     sigmas: Sequence[float]
     notes: tuple[str, ...]  # what it does that its settings may not lead one to expect
@@ -89,6 +89,16 @@ def finish(x: TokenValues, target: Tokens) -> Tokens:
     Raises:
         NonFiniteError: the network computed NaN or infinity.
     """
+    check_computed(x)
+    return replace(target, values=target.latent.from_network(x), is_noise=False)
+
+
+def check_computed(x: TokenValues) -> None:
+    """Refuses a result that is NaN or infinite.
+
+    Raises:
+        NonFiniteError: the network computed NaN or infinity.
+    """
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError(
             "The model computed NaN or infinity.",
@@ -96,7 +106,6 @@ def finish(x: TokenValues, target: Tokens) -> Tokens:
             "set [model dtype] to bfloat16 or float32: float16 overflows on some models and "
             "devices.",
         )
-    return replace(target, values=target.latent.from_network(x), is_noise=False)
 
 
 def _begin(noise: Tokens, sigma: float, start: Tokens | None) -> TokenValues:

@@ -65,11 +65,12 @@ def unpack_tokens(values: TokenValues, grid: tuple[int, int], spec: LatentSpec) 
     )
 
 
-def latent_tokens(latent: Latent, spec: LatentSpec) -> Tokens:
+def latent_tokens(latent: Latent, spec: LatentSpec, *, is_noise: bool = False) -> Tokens:
     """Packs a latent with the position ids of a target: index 0, rows and columns from 0."""
     values = pack_latent(latent, spec)
     grid = (latent.shape[2] // spec.patch, latent.shape[3] // spec.patch)
-    return Tokens(values=values, ids=image_ids(grid, spec), grid=grid, latent=spec)
+    ids = image_ids(grid, spec)
+    return Tokens(values=values, ids=ids, grid=grid, latent=spec, is_noise=is_noise)
 
 
 def tokens_latent(tokens: Tokens) -> Latent:

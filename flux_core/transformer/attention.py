@@ -52,7 +52,17 @@ class Attention(Protocol):
 class PyTorchAttention:
     """PyTorch's own choice of kernel."""
 
-    name = "pytorch"
+    @property
+    def name(self) -> str:
+        """PyTorch, and the kernels it may choose from."""
+        cuda = torch.backends.cuda
+        allowed = {
+            "flash": cuda.flash_sdp_enabled(),
+            "memory efficient": cuda.mem_efficient_sdp_enabled(),
+            "math": cuda.math_sdp_enabled(),
+            "cudnn": cuda.cudnn_sdp_enabled(),
+        }
+        return " ".join(["pytorch", *(name for name, is_allowed in allowed.items() if is_allowed)])
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         """Attends from q (B, Q, H, D) to k, v (B, L, H, D); returns (B, Q, H D)."""

@@ -17,7 +17,7 @@ from ...flux_core.families import FAMILIES
 from ...flux_core.specs import LatentSpec
 from ...flux_core.tokens.native import own_method
 from ...flux_core.tokens.references import place_references, tile
-from ...flux_core.values import Conditioning, TextFeatures, Tokens
+from ...flux_core.values import Conditioning, Reference, TextFeatures, Tokens
 from ..runtime.handles import ModelHandle
 from .entry import (
     Settings,
@@ -74,25 +74,29 @@ def as_conditioning(
     references, notes = _references(settings, model, name)
     guidance, about_it = _guidance(settings, model, name)
     return Conditioning(
-        text=text, references=references, guidance=guidance, notes=(*notes, *about_it)
+        text=text,
+        references=tuple(Reference(tokens=one) for one in references),
+        guidance=guidance,
+        notes=(*notes, *about_it),
     )
 
 
-def as_text(wired: AnyText, guidance: float) -> tuple[TextFeatures, list[str]]:
-    """Take what is wired to a text socket: encoded text, or a CONDITIONING for its text.
+def as_text(wired: AnyText, guidance: float | None) -> tuple[TextFeatures, float | None, list[str]]:
+    """Takes what is wired to a text socket: encoded text, or a CONDITIONING for its text.
 
     Args:
         wired: what is wired.
-        guidance: the node's own, which holds whatever the CONDITIONING says.
+        guidance: the node's own, which holds whatever the CONDITIONING says; None: what the
+            CONDITIONING says, else the model's default.
 
     Returns:
-        The text, and notes on what of the CONDITIONING does not hold.
+        The text, the guidance, and notes on what of the CONDITIONING does not hold.
 
     Raises:
         GlassboxError: as `as_conditioning`; or it carries references, which are wired here.
     """
     if isinstance(wired, TextFeatures):
-        return wired, []
+        return wired, guidance, []
     txt, settings = open_entry(wired, "text")
     text = _text(txt, settings, None, "text")
     check_keys(settings, "text")
@@ -105,10 +109,12 @@ def as_text(wired: AnyText, guidance: float) -> tuple[TextFeatures, list[str]]:
             "CONDITIONING straight to the sampler.",
         )
     found = read_guidance(settings, "text")
-    if found in ("absent", guidance):
-        return text, []
+    if guidance is None and isinstance(found, float):
+        return text, found, [f"guidance is {found:g}, as the CONDITIONING says."]
+    if found in ("absent", guidance) or guidance is None:
+        return text, guidance, []
     said = "'FluxDisableGuidance'" if found == "off" else f"guidance {found:g} of the CONDITIONING"
-    return text, [f"{said} is replaced by guidance {guidance:g}, set here."]
+    return text, guidance, [f"{said} is replaced by guidance {guidance:g}, set here."]
 
 
 def is_guidance_off(wired: AnyConditioning) -> bool:

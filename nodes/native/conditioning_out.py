@@ -10,7 +10,7 @@ from ...flux_core.tokens.pack import tokens_latent
 from ...flux_core.values import Conditioning
 from .conditioning import AnyConditioning, as_conditioning, is_guidance_off
 
-_BY_HAND = "places by hand: needs 'Apply To Model (FLUX)' before the sampler."
+_BY_HAND = "position ids by hand: needs [native positions] before the sampler."
 _NO_GUIDANCE = "no guidance is set: ComfyUI takes 3.5 where the model reads one."
 
 
@@ -34,19 +34,20 @@ def _settings(conditioning: Conditioning, *, is_off: bool) -> tuple[dict[str, An
         notes.append(_NO_GUIDANCE)
     else:
         settings["guidance"] = conditioning.guidance
-    if conditioning.references:
-        method = native_method(conditioning.references)
+    references = [one.tokens for one in conditioning.references]
+    if references:
+        method = native_method(references)
         if method is None:
             notes.append(_BY_HAND)
-        settings["reference_latents"] = [tokens_latent(one) for one in conditioning.references]
+        settings["reference_latents"] = [tokens_latent(one) for one in references]
         # Left unsaid where it is the network's own: a node on the MODEL may have set another.
-        if (method or "index") != own_method(conditioning.references[0].latent):
+        if (method or "index") != own_method(references[0].latent):
             settings["reference_latents_method"] = method or "index"
     return settings, notes
 
 
 def _describe(conditioning: Conditioning) -> str:
     references = len(conditioning.references)
-    method = native_method(conditioning.references)
+    method = native_method([one.tokens for one in conditioning.references])
     placed = f", {f'method {method}' if method else 'placed by hand'}" if references else ""
     return f"{conditioning.text.txt.shape[1]} text tokens; {references} references{placed}"

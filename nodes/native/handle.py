@@ -8,11 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from ...flux_core import memory
-from ...flux_core.sampling.denoise import denoise, finish, sampling_notes
-from ...flux_core.sampling.guidance import TrueCFG
-from ...flux_core.sampling.solvers import SolverName
-from ...flux_core.types import Sigmas
-from ...flux_core.values import Conditioning, Tokens
+from ...flux_core.sampling.job import Job
+from ...flux_core.sampling.run import Run, run
 from .. import host
 from ..runtime.handles import ModelHandle
 from ..runtime.reference_cache import ReferenceKV, choose
@@ -26,7 +23,7 @@ AnyModel: TypeAlias = ModelHandle | Any  # the other is ComfyUI's ModelPatcher
 
 
 def as_model(model: AnyModel) -> "ModelHandle | NativeModelHandle":
-    """Take what is wired to a model socket: a model of this pack's loaders, or a native MODEL."""
+    """Takes what is wired to a model socket: a model of this pack's loaders, or a native MODEL."""
     return model if isinstance(model, ModelHandle) else NativeModelHandle(model)
 
 
@@ -45,53 +42,43 @@ class NativeModelHandle:
         return self.patcher.load_device
 
     def with_lora(self, lora: "Lora", parts: Sequence["LoraPart"]) -> Any:
-        """Give a MODEL with a LoRA on it whenever it computes; this one stays as it is."""
+        """A MODEL with a LoRA on it whenever it computes; this one stays as it is."""
         return native_with_changes(self.patcher, parts, lora.norms if parts else ())
 
-    def sample(
-        self,
-        conditioning: Conditioning,
-        noise: Tokens,
-        sigmas: Sigmas,
-        solver: SolverName,
-        cfg: TrueCFG | None = None,
-        reference_kv: ReferenceKV = "auto",
-    ) -> Tokens:
-        """Sample as `ModelHandle` does; both passes of true CFG run in turn.
+    @contextmanager
+    def ready(
+        self, job: Job, reference_kv: ReferenceKV = "auto", *, may_stop: bool = False
+    ) -> Generator[Run, None, None]:
+        """A job on this model, planned and loaded; both passes of true CFG run in turn.
+
+        ComfyUI loads the MODEL and all that hangs on it, and is told when the run ends.
 
         Raises:
             GlassboxError: inputs that do not go together, or more than memory holds.
         """
         choose(reference_kv, self.family)
-        if cfg is not None:
-            cfg = replace(cfg, passes="in turn")
-        steps = len(sigmas) - 1
-        notes = sampling_notes(self.network, conditioning, steps=steps, cfg=cfg, noise=noise)
-        guess = [f"taken for {self.report}."] if self.network.is_guess else []
-        host.tell([*guess, *notes])
-        here = replace(noise, values=noise.values.to(self.device))
-        with self._loaded(conditioning, noise):
-            run = denoise(self.network, conditioning, here, sigmas, cfg=cfg, solver=solver)
-            last = host.drive(run, noise, self.device)
-        return finish(host.to_outputs(last.x), noise)
+        if job.cfg is not None:
+            job = replace(job, cfg=replace(job.cfg, passes="in turn"))
+        self._make_room(job)
+        try:
+            self.patcher.pre_run()
+            self.patcher.apply_hooks(hooks=None)
+            planned = run(self.network, job, may_stop=may_stop)
+            guess = [f"taken for {self.report}."] if self.network.is_guess else []
+            yield replace(planned, notes=(*guess, *planned.notes))
+        finally:
+            self.patcher.cleanup()
 
-    @contextmanager
-    def _loaded(self, conditioning: Conditioning, noise: Tokens) -> Generator[None, None, None]:
-        """Have ComfyUI load the MODEL and all that hangs on it; tell it when the run ends."""
-        parts = (noise, *conditioning.references)
-        tokens = conditioning.text.txt.shape[1] + sum(one.ids.shape[0] for one in parts)
+    def _make_room(self, job: Job) -> None:
+        conditioning, noise = job.conditioning, job.noise
+        images = (noise, *(one.tokens for one in conditioning.references))
+        tokens = conditioning.text.txt.shape[1] + sum(one.count for one in images)
         batch, size = noise.values.shape[0], self.network.dtype.itemsize
         needed = memory.transformer_bytes(self.network.spec, tokens, batch, size)
         memory.require_memory(
             needed,
             host.available_bytes(self.device),
-            f"Sampling {tokens} tokens ({len(parts) - 1} references, batch {batch})",
-            "make the picture or the batch smaller, or use fewer or smaller references.",
+            f"Sampling {tokens} tokens ({len(images) - 1} references, batch {batch})",
+            "make the image or the batch smaller, or use fewer or smaller [references].",
         )
-        host.bring([self.patcher, *self.patcher.get_nested_additional_models()], needed)
-        try:
-            self.patcher.pre_run()
-            self.patcher.apply_hooks(hooks=None)
-            yield
-        finally:
-            self.patcher.cleanup()
+        host.load([self.patcher, *self.patcher.get_nested_additional_models()], needed)

@@ -81,15 +81,21 @@ def apply_places(model: Any, conditioning: Conditioning) -> Any:
         SettingError: a model that takes more than a picture, or one with replaced code.
     """
     network = native_network(model)
-    for tokens in conditioning.references:
-        _check_generation(network, tokens.latent)
+    for one in conditioning.references:
+        _check_generation(network, one.tokens.latent)
+        if one.controls:
+            raise SettingError(
+                f"A reference has {' and '.join(one.controls)} set, which a MODEL cannot be told.",
+                "references as they are.",
+                "sample with [guided sampling], or with [guider] and 'SamplerCustomAdvanced'.",
+            )
     clone = model.clone()
     patches = clone.model_options["transformer_options"].get("patches", {})
     if "post_input" in patches:
         others = [one for one in patches["post_input"] if not isinstance(one, PlaceReferences)]
         patches["post_input"] = others
     places = NativePlaces(
-        references=tuple(tokens.ids for tokens in conditioning.references),
+        references=tuple(one.tokens.ids for one in conditioning.references),
         text_tokens=conditioning.text.txt.shape[1],
     )
     patch = PlaceReferences(places)

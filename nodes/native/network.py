@@ -18,8 +18,7 @@ from ...flux_core.errors import SettingError
 from ...flux_core.specs import TransformerSpec
 from ...flux_core.tokens.native import NativePlaces
 from ...flux_core.tokens.pack import pack_latent, unpack_tokens
-from ...flux_core.transformer.flux import check_conditioning
-from ...flux_core.types import Sigmas, TokenValues
+from ...flux_core.types import TokenValues
 from ...flux_core.values import Conditioning, Tokens
 from ...flux_core.weights.choose import choose_family
 from .lora import larger_weights
@@ -50,24 +49,29 @@ class NativeNetwork:
         """What it computes in."""
         return self.patcher.get_model_object("manual_cast_dtype") or self._network.dtype
 
+    supports: frozenset[str] = frozenset()  # of `Reference.controls`
+
     def plans(
-        self, conditionings: Sequence[Conditioning], target: Tokens, sigmas: Sigmas
+        self,
+        conditionings: Sequence[Conditioning],
+        target: Tokens,
+        sigmas: Sequence[float],
+        asked: Sequence[float] | None = None,
     ) -> list["NativePlan"]:
-        """Make one plan for each conditioning; ComfyUI computes everything in each step.
+        """Makes one plan for each conditioning; ComfyUI computes everything in each step.
 
         Raises:
-            FamilyMismatchError, ShapeError: text or tokens of another model.
             SettingError: something on the MODEL that only ComfyUI's samplers call, or give.
         """
+        del asked
         check_skipped(self.patcher)
         _check_inputs(self.patcher)
         for conditioning in conditionings:
-            check_conditioning(conditioning, target, self.family, self.spec)
             if conditioning.references and self.family.references.isolated:
                 raise SettingError(
                     f"{self.family.title} is wired as ComfyUI's own MODEL.",
                     "a network in which references see themselves alone, as it was trained.",
-                    "load it with 'Load Model (FLUX)'.",
+                    "load it with [model loader].",
                 )
         levels = torch.as_tensor(sigmas, dtype=torch.float32)
         return [
@@ -78,7 +82,7 @@ class NativeNetwork:
                 inputs=_inputs(conditioning, self.patcher.load_device),
                 places=PlaceReferences(
                     NativePlaces(
-                        references=tuple(one.ids for one in conditioning.references),
+                        references=tuple(one.tokens.ids for one in conditioning.references),
                         text_tokens=conditioning.text.txt.shape[1],
                         target=target.ids,
                     )
@@ -101,9 +105,16 @@ class NativePlan:
     side: int  # 0 positive, 1 negative, as patches are told
     uuid: UUID = field(default_factory=uuid4)  # by which they tell prompts apart
 
-    def velocity(self, x: TokenValues, step: int) -> TokenValues:
-        """Predict noise - picture for x (B, N, D) at sigmas[step], float32."""
-        sigma = self.sigmas[step].to(self.patcher.load_device)
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.patcher.load_device
+
+    def velocity(self, x: TokenValues, sigma: float) -> TokenValues:
+        """Predicts noise - image for x (B, N, D) at a noise level, float32."""
+        return self._velocity(x, torch.tensor(sigma, dtype=torch.float32, device=self.device))
+
+    def _velocity(self, x: TokenValues, sigma: Tensor) -> TokenValues:
         latent = unpack_tokens(x.to(sigma.device).float(), self.target.grid, self.target.latent)
         batch = latent.shape[0]
         given = {name: _batched(one, batch) for name, one in self.inputs.items()}
@@ -167,12 +178,8 @@ def _inputs(conditioning: Conditioning, device: torch.device) -> dict[str, Any]:
         inputs["guidance"] = torch.tensor([conditioning.guidance], device=device)
     if conditioning.references:
         inputs["ref_latents"] = [
-            unpack_tokens(
-                ((one.values.float() - one.latent.shift) * one.latent.scale).to(device),
-                one.grid,
-                one.latent,
-            )
-            for one in conditioning.references
+            unpack_tokens(one.latent.to_network(one.values).to(device), one.grid, one.latent)
+            for one in (reference.tokens for reference in conditioning.references)
         ]
         inputs["ref_latents_method"] = "index"  # any: the places are ours
     return inputs

@@ -4,7 +4,8 @@ A handle lives as long as somebody holds it, and holds no reference to itself, s
 the moment its last user lets go.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,16 +16,16 @@ from torch import nn
 from ...flux_core import memory
 from ...flux_core.checks import check_finite, check_latent, check_sides
 from ...flux_core.image.pixels import check_image, to_image, to_pixels
-from ...flux_core.sampling.denoise import denoise, finish, sampling_notes
-from ...flux_core.sampling.guidance import TrueCFG
-from ...flux_core.sampling.solvers import SolverName
+from ...flux_core.sampling.job import Job
+from ...flux_core.sampling.run import Run, run
 from ...flux_core.specs import LatentSpec
-from ...flux_core.types import Image, Latent, Sigmas
-from ...flux_core.values import Conditioning, TextFeatures, Tokens
+from ...flux_core.types import Image, Latent
+from ...flux_core.values import Conditioning, TextFeatures
 from .. import host
 from .not_native import NotNative
 from .quantised import changed_at_use, made_bytes
-from .reference_cache import KeepDuringRun, ReferenceKV, ReferenceStore, choose, keeping
+from .reference_cache import ReferenceKV, ReferenceStore, RunCache, caching, choose
+from .residency import Residency
 
 if TYPE_CHECKING:
     from ...flux_core.image.autoencoder import Autoencoder
@@ -33,26 +34,7 @@ if TYPE_CHECKING:
     from ...flux_core.weights.lora_parts import LoraPart
 
 
-_OVERFLOW = "float16 overflows: set dtype to bfloat16 or float32 in 'Load Autoencoder (FLUX)'."
-
-
-class _Residency:
-    """Brings the part of a transformer that computes next, and frees the other.
-
-    It knows the patchers, not the network: a network that held its handle would never be freed.
-    """
-
-    def __init__(self, modulation: Any, blocks: Any, kept: ReferenceStore) -> None:
-        self.modulation, self.blocks, self.kept = modulation, blocks, kept
-        self.activations = 0  # bytes the next run needs beside the weights
-        self.uses_kept = False  # whether it may need what was kept last, which then stays
-
-    def __call__(self, part: nn.Module) -> torch.device:
-        if part is self.modulation.model:
-            return host.bring([self.modulation], 0)
-        host.send_away(self.modulation)
-        beside = self.kept.on_device() if self.uses_kept else []
-        return host.bring([self.blocks, *beside], self.activations)
+_OVERFLOW = "float16 overflows: set [autoencoder dtype] to bfloat16 or float32."
 
 
 class ModelHandle(NotNative):
@@ -63,31 +45,32 @@ class ModelHandle(NotNative):
         self.network, self.family, self.report = network, network.family, report
         self.patcher = host.wrap(network.blocks, devices)
         self._modulation = host.wrap(network.modulation, devices)
-        self._kept = ReferenceStore()
-        self._residency = _Residency(self._modulation, self.patcher, self._kept)
+        self._cached = ReferenceStore()
+        self._residency = Residency(self._modulation, self.patcher, self._cached)
         self.dtype = network.compute_dtype = dtype
         network.ready = self._residency
+        network.attention = host.transformer_attention(devices[0])
         self._made = made_bytes(self.patcher, self._modulation)
         self._base: ModelHandle | None = None
 
     def with_changes(self, parts: Sequence["LoraPart"]) -> "ModelHandle":
-        """Give a handle on the same weights, with changes on them whenever it computes.
+        """A handle on the same weights, with changes on them whenever it computes.
 
         ComfyUI puts changes on and takes them off as one handle or the other is used, so this one
-        stays as it is. Both share one store of kept references, which tells them apart.
+        stays as it is. Both share one store of cached references, which tells them apart.
         """
         twin = copy(self)
         twin._base = self  # while it lives, its file is not loaded again
-        twin.network = copy(self.network)  # the same two parts, brought by the twin
+        twin.network = copy(self.network)  # the same two parts, loaded by the twin
         twin.patcher = changed_at_use(self.patcher, parts)
         twin._modulation = changed_at_use(self._modulation, parts)
         twin._made = made_bytes(twin.patcher, twin._modulation)
-        twin._residency = _Residency(twin._modulation, twin.patcher, self._kept)
+        twin._residency = Residency(twin._modulation, twin.patcher, self._cached)
         twin.network.ready = twin._residency
         return twin
 
     def get_models(self) -> list[Any]:
-        """Name every patcher, so that ComfyUI keeps them for the prompt."""
+        """Every patcher, so that ComfyUI keeps them for the prompt."""
         return [self.patcher, self._modulation]
 
     @property
@@ -95,73 +78,54 @@ class ModelHandle(NotNative):
         """Where it computes."""
         return self.patcher.load_device
 
-    def sample(
-        self,
-        conditioning: Conditioning,
-        noise: Tokens,
-        sigmas: Sigmas,
-        solver: SolverName,
-        cfg: TrueCFG | None = None,
-        reference_kv: ReferenceKV = "auto",
-    ) -> Tokens:
-        """Sample under ComfyUI's progress, previews and cancelling.
+    @contextmanager
+    def ready(
+        self, job: Job, reference_kv: ReferenceKV = "auto", *, may_stop: bool = False
+    ) -> Generator[Run, None, None]:
+        """A job on this model, planned and loaded.
 
         Raises:
             GlassboxError: inputs that do not go together, or more than memory holds.
         """
-        steps = len(sigmas) - 1
-        keep = self._prepare(conditioning, noise, steps, cfg, choose(reference_kv, self.family))
-        notes = sampling_notes(self.network, conditioning, steps=steps, cfg=cfg, noise=noise)
-        host.tell(notes)
-        here = replace(noise, values=noise.values.to(self.device))
-        with keeping(self.network, keep):
-            run = denoise(self.network, conditioning, here, sigmas, cfg=cfg, solver=solver)
-        if keep.notes:
-            host.tell([*notes, *keep.notes])
-        last = host.drive(run, noise, self.device)
-        return finish(host.to_outputs(last.x), noise)
+        cache = self._make_room(job, choose(reference_kv, self.family))
+        with caching(self.network, cache):
+            planned = run(self.network, job, may_stop=may_stop)
+        yield replace(planned, notes=(*planned.notes, *cache.notes))
 
-    def _prepare(
-        self,
-        conditioning: Conditioning,
-        noise: Tokens,
-        steps: int,
-        cfg: TrueCFG | None,
-        reference_kv: ReferenceKV,
-    ) -> KeepDuringRun:
-        """Ask for the memory of a run before it starts; gives how it treats references.
+    def _make_room(self, job: Job, reference_kv: ReferenceKV) -> RunCache:
+        """Asks for the memory of a run before it starts; returns how it treats references.
 
         Raises:
             MemoryLimitError: it cannot fit, whatever is unloaded.
         """
-        twice = cfg is not None and len(cfg.window(steps)) > 0
-        sides = [conditioning, cfg.negative] if cfg is not None and twice else [conditioning]
+        steps, cfg, batch = len(job.sigmas) - 1, job.cfg, job.noise.values.shape[0]
+        sides = [job.conditioning]
+        if cfg is not None and cfg.window(steps):
+            sides.append(cfg.negative)
         texts = max(side.text.txt.shape[1] for side in sides)
-        placed = max((side.references for side in sides), key=_token_count)
-        references = _token_count(placed)
+        references = max(map(_reference_tokens, sides))
         spec, size = self.network.spec, self.dtype.itemsize
-        batch = noise.values.shape[0]
-        needed = memory.plan_bytes(spec, steps, 2 * batch if twice else batch, size)
-        if cfg is not None and twice and cfg.passes == "batched":
+        needed = memory.plan_bytes(spec, steps, len(sides) * batch, size)
+        if cfg is not None and len(sides) > 1 and cfg.passes == "batched":
             batch *= 2
         aside = references if self.family.references.isolated else 0
-        tokens = texts + _token_count([noise]) + references - aside
+        tokens = texts + job.noise.count + references - aside
         needed += memory.transformer_bytes(spec, tokens, batch, size)
         needed += memory.attended_bytes(spec, aside, batch, size) + self._made
-        pictures = max(
-            (one.values.shape[0] for side in sides for one in side.references), default=1
-        )
-        alone = memory.transformer_bytes(spec, aside, pictures, size) + self._made
+        seen = [one.tokens for side in sides for one in side.references]
+        images = max((one.values.shape[0] for one in seen), default=1)
+        alone = memory.transformer_bytes(spec, aside, images, size) + self._made
+        count = max(len(side.references) for side in sides)
         memory.require_memory(
             needed + alone if reference_kv == "every step" else max(needed, alone),
             host.available_bytes(self.device),
-            f"Sampling {tokens + aside} tokens ({len(placed)} references, batch {batch})",
-            "make the picture or the batch smaller, or use fewer or smaller references.",
+            f"Sampling {tokens + aside} tokens ({count} references, batch {batch})",
+            "make the image or the batch smaller, or use fewer or smaller [references].",
         )
         self._residency.activations = needed
-        self._residency.uses_kept = reference_kv == "kept" and aside > 0
-        return KeepDuringRun(
-            {"kept": self._kept, "this run": ReferenceStore()}.get(reference_kv),
+        self._residency.uses_cached = reference_kv == "kept" and aside > 0
+        return RunCache(
+            {"kept": self._cached, "this run": ReferenceStore()}.get(reference_kv),
             self._identity(),
             self.patcher,
             step_bytes=needed,
@@ -170,16 +134,16 @@ class ModelHandle(NotNative):
         )
 
     def _identity(self) -> tuple[object, ...]:
-        """Name what keys and values of references depend on beside them.
+        """What keys and values of references depend on beside them.
 
         ComfyUI gives a patcher a new uuid whenever patches, such as a LoRA's, are put on it.
         """
         patches = [patcher.patches_uuid for patcher in self.get_models()]
-        return (*patches, self.dtype, self.device, host.attention_backend())
+        return (*patches, self.dtype, self.device, self.network.attention.name)
 
 
-def _token_count(several: Sequence[Tokens]) -> int:
-    return sum(one.ids.shape[0] for one in several)
+def _reference_tokens(conditioning: Conditioning) -> int:
+    return sum(one.tokens.count for one in conditioning.references)
 
 
 class TextEncodersHandle:
@@ -191,32 +155,33 @@ class TextEncodersHandle:
         # In a list, because a patcher sets attributes that transformers' own models refuse.
         self.patcher = patcher = host.wrap(nn.ModuleList(encoders.modules), devices)
         encoders.device = devices[0]
-        encoders.ready = lambda: host.bring_whole(patcher)
+        encoders.ready = lambda: host.load_whole(patcher)
 
     def get_models(self) -> list[Any]:
-        """Name the patcher, so that ComfyUI keeps it for the prompt."""
+        """The patcher, so that ComfyUI keeps it for the prompt."""
         return [self.patcher]
 
     def encode(self, prompt: str, prompt_2: str, t5_tokens: int | None) -> TextFeatures:
-        """Encode a prompt; `prompt_2` is T5's, the same when empty."""
+        """Encodes a prompt; `prompt_2` is T5's, the same when empty."""
         return text_to_outputs(self.encoders.encode(prompt, prompt_2, tokens=t5_tokens))
 
 
 def text_to_outputs(text: TextFeatures) -> TextFeatures:
-    """Bring text features to where ComfyUI keeps what travels between nodes."""
+    """Moves text features to where ComfyUI keeps what travels between nodes."""
     pooled = None if text.pooled is None else host.to_outputs(text.pooled)
     return replace(text, txt=host.to_outputs(text.txt), pooled=pooled)
 
 
 class AutoencoderHandle:
-    """An autoencoder; pictures of a batch go through it one by one."""
+    """An autoencoder; images of a batch go through it one by one."""
 
     def __init__(self, autoencoder: "Autoencoder", report: str, dtype: torch.dtype) -> None:
         self.autoencoder, self.report, self.dtype = autoencoder, report, dtype
         self.patcher = host.wrap(autoencoder, host.autoencoder_devices())
+        autoencoder.use_attention(host.autoencoder_attention(self.patcher.load_device))
 
     def get_models(self) -> list[Any]:
-        """Name the patcher, so that ComfyUI keeps it for the prompt."""
+        """The patcher, so that ComfyUI keeps it for the prompt."""
         return [self.patcher]
 
     @property
@@ -225,11 +190,11 @@ class AutoencoderHandle:
         return self.autoencoder.spec.latent
 
     def encode(self, image: Image, generator: torch.Generator | None) -> Latent:
-        """Encode pictures (B, H, W, 3) to latents.
+        """Encodes images (B, H, W, 3) to latents.
 
         Raises:
             ShapeError: channels or sides do not fit.
-            MemoryLimitError: one picture takes more memory than there is.
+            MemoryLimitError: one image takes more memory than there is.
             NonFiniteError: the autoencoder overflowed.
         """
         check_image(image)
@@ -241,15 +206,15 @@ class AutoencoderHandle:
             for one in image.split(1)
         ]
         encoded = torch.cat(latents)
-        check_finite(encoded, "encoded picture", _OVERFLOW)
+        check_finite(encoded, "encoded image", _OVERFLOW)
         return host.to_outputs(encoded.float())
 
     def decode(self, latent: Latent, spec: LatentSpec) -> Image:
-        """Decode latents to pictures (B, H, W, 3).
+        """Decodes latents to images (B, H, W, 3).
 
         Raises:
             FamilyMismatchError: a latent of another autoencoder.
-            MemoryLimitError: one picture takes more memory than there is.
+            MemoryLimitError: one image takes more memory than there is.
             NonFiniteError: the autoencoder overflowed.
         """
         check_latent(spec, self.latent, "tokens")
@@ -259,7 +224,7 @@ class AutoencoderHandle:
         images: list[Image] = []
         for one in latent.split(1):
             pixels = self.autoencoder.decode(self._here(one))
-            check_finite(pixels, "decoded picture", _OVERFLOW)
+            check_finite(pixels, "decoded image", _OVERFLOW)
             images.append(host.to_outputs(to_image(pixels)))
         return torch.cat(images)
 
@@ -274,8 +239,8 @@ class AutoencoderHandle:
         memory.require_memory(
             needed,
             host.available_bytes(self.patcher.load_device),
-            f"{job} a picture of {width}x{height}",
-            "make it smaller with 'Fit Image (FLUX)'.",
+            f"{job} an image of {width}x{height}",
+            "make it smaller with [image fit].",
         )
         # Twice, as ComfyUI does for its own autoencoders: GPU kernels want room to work in.
-        host.bring([self.patcher], 2 * needed)
+        host.load([self.patcher], 2 * needed)

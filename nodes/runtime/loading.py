@@ -147,7 +147,7 @@ def apply_lora(
     report = f"{lora.report}\nstrength {strength:g}"
     if block_strengths.strip():
         report += f" times {' '.join(block_strengths.split())}"
-    host.tell([f"{len(lora.report.matched)} of {lora.report.keys} keys used"])
+    host.notify([f"{len(lora.report.matched)} of {lora.report.keys} keys used"])
     unchanged = len({one.key for one in lora.parts}) - len({one.key for one in parts})
     if unchanged:
         report += f"\nleft as they are, at strength 0: {unchanged} weights"

@@ -1,8 +1,8 @@
-"""Keys and values of references, kept across runs where a model was trained for that.
+"""Keys and values of isolated references, cached across runs.
 
-Such a model's references see themselves alone, at t = 0, so what all other tokens see of them
-depends on the weights and the references and on nothing else: a new prompt, seed or size uses it
-again, bit for bit. A store lives in its model's handle and dies with it.
+Isolated references see themselves alone, at t = 0, so their keys and values depend on the weights
+and the references and on nothing else: a new prompt, seed or size uses them again, bit for bit. A
+store lives in its model's handle and dies with it.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -21,9 +21,8 @@ from .. import host
 from .replaceable import ReplaceablePatcher
 
 if TYPE_CHECKING:
-    from ...flux_core.transformer.blocks import KeyValue
     from ...flux_core.transformer.flux import Flux
-    from ...flux_core.transformer.plan import ReferencePass
+    from ...flux_core.transformer.references import KeyValue, ReferencePass
 
 ReferenceKV = Literal["auto", "kept", "this run", "every step"]
 REFERENCE_KV: tuple[ReferenceKV, ...] = get_args(ReferenceKV)
@@ -34,7 +33,7 @@ _SHARE_OF_DEVICE = 0.25
 
 
 def choose(asked: ReferenceKV, family: FluxFamily) -> ReferenceKV:
-    """Decide how a run treats the keys and values of references.
+    """Decides how a run treats the keys and values of references.
 
     Raises:
         SettingError: asked to keep them on a model whose references see what changes.
@@ -47,18 +46,17 @@ def choose(asked: ReferenceKV, family: FluxFamily) -> ReferenceKV:
             f"reference_kv is '{asked}', but the references of {family.title} see the text and "
             "the picture being made, so their keys and values change in every step.",
             f"a model trained with references that see only themselves: {', '.join(trained)}.",
-            "set reference_kv to 'auto' or 'every step' on the sampler, or load such a model in "
-            "'Load Model (FLUX)'.",
+            "set [reference_kv] to 'auto' or 'every step', or load such a model in [model loader].",
         )
     return "every step"
 
 
-class KeptReferences(nn.Module):
-    """What every block's other tokens see of one set of references; empty once dropped."""
+class CachedReferences(nn.Module):
+    """Keys and values of one set of references, block by block; empty once dropped."""
 
     def __init__(self, computed: Iterable["KeyValue"]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_KeptBlock(one) for one in computed)
+        self.blocks = nn.ModuleList(_CachedBlock(one) for one in computed)
 
     @property
     def is_empty(self) -> bool:
@@ -66,7 +64,7 @@ class KeptReferences(nn.Module):
         return next(self.buffers(), None) is None
 
 
-class _KeptBlock(nn.Module):
+class _CachedBlock(nn.Module):
     key: Tensor
     value: Tensor
 
@@ -77,13 +75,13 @@ class _KeptBlock(nn.Module):
 
 
 class _Seen:
-    """Kept keys and values as a plan reads them: from where they are, or computed anew."""
+    """Cached keys and values as a plan reads them: from where they are, or computed anew."""
 
     def __init__(self, patcher: ReplaceablePatcher, computed: "ReferencePass") -> None:
         self.patcher, self.computed = patcher, computed
 
     def __iter__(self) -> Iterator["KeyValue"]:
-        from ...flux_core.transformer.blocks import KeyValue
+        from ...flux_core.transformer.references import KeyValue
 
         if self.patcher.model.is_empty:  # dropped in the middle of the run
             yield from self.computed
@@ -95,18 +93,18 @@ class _Seen:
 
 
 class ReferenceStore:
-    """Kept references of one model by digest, the least recently used first."""
+    """Cached references of one model by digest, the least recently used first."""
 
     def __init__(self) -> None:
         self._held: dict[str, ReplaceablePatcher] = {}
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all that is kept, on the device and waiting beside it."""
+        """Bytes of all that is cached, on the device and waiting beside it."""
         return sum(patcher.model_size() for patcher in self._held.values())
 
     def find(self, digest: str) -> ReplaceablePatcher | None:
-        """Give what is kept under a digest, and take it for the last used."""
+        """What is cached under a digest, which is then the last used."""
         patcher = self._held.pop(digest, None)
         if patcher is None or patcher.model.is_empty:
             return None
@@ -114,26 +112,26 @@ class ReferenceStore:
         return patcher
 
     def on_device(self) -> list[ReplaceablePatcher]:
-        """Give what was used last, if any of it is where it computes: the next run may need it."""
+        """What was used last, if any of it is where it computes: the next run may need it."""
         return [one for one in [*self._held.values()][-1:] if one.loaded_size()]
 
     def add(self, digest: str, patcher: ReplaceablePatcher) -> None:
-        """Keep one more, as the last used."""
+        """Adds one more, as the last used."""
         self._held[digest] = patcher
 
     def make_room(self, needed: int, limit: float, in_use: Iterable[str]) -> None:
-        """Forget the least recently used until so many bytes more stay within the limit."""
+        """Drops the least recently used until so many bytes more stay within the limit."""
         for digest in [one for one in self._held if one not in in_use]:
             if self.held_bytes + needed <= limit:
                 return
             del self._held[digest]
 
 
-class KeepDuringRun:
-    """The network's `keep` during one run; `notes` say afterwards what it did.
+class RunCache:
+    """The network's `reference_cache` during one run; `notes` say afterwards what it did.
 
     Args:
-        store: where to look and to keep; a new one keeps for this run only, None computes in
+        store: where to look and to add; a new one caches for this run only, None computes in
             every step.
         identity: what keys and values depend on beside the references: weights, dtype and so on.
         blocks: the patcher of the network's blocks.
@@ -160,8 +158,8 @@ class KeepDuringRun:
     def __call__(
         self, references: tuple[Tokens, ...], computed: "ReferencePass"
     ) -> Iterable["KeyValue"]:
-        """Give the keys and values of references, kept if they can be."""
-        size = _size(computed.kept_bytes)
+        """The keys and values of references, cached if they can be."""
+        size = _size(computed.cached_bytes)
         if self._store is None:
             return self._in_every_step(computed, "references: computed in every step.")
         digest = digest_of(references, computed, self._identity)
@@ -179,14 +177,14 @@ class KeepDuringRun:
                 "step, which is slower and makes the same picture.",
             )
         self._used[digest] = patcher
-        host.bring([self._blocks, *self._used.values()], self._step_bytes)
+        host.load([self._blocks, *self._used.values()], self._step_bytes)
         return _Seen(patcher, computed)
 
     def _compute(
         self, computed: "ReferencePass", store: ReferenceStore
     ) -> ReplaceablePatcher | None:
-        """Compute keys and values; None if memory does not hold them beside what a run needs."""
-        device, needed = self._blocks.load_device, computed.kept_bytes
+        """Computes keys and values; None if memory does not hold them beside what a run needs."""
+        device, needed = self._blocks.load_device, computed.cached_bytes
         available = host.available_bytes(device)
         if device == torch.device("cpu"):  # elsewhere what is kept counts as what can be freed
             available += store.held_bytes
@@ -195,8 +193,8 @@ class KeepDuringRun:
         if activations + needed > host.available_bytes(device):
             return None
         try:
-            host.bring([self._blocks, *self._used.values()], activations + needed)
-            return ReplaceablePatcher(KeptReferences(computed), device)
+            host.load([self._blocks, *self._used.values()], activations + needed)
+            return ReplaceablePatcher(CachedReferences(computed), device)
         except (RuntimeError, MemoryError) as error:
             if not host.is_out_of_memory(error):
                 raise
@@ -205,7 +203,7 @@ class KeepDuringRun:
     def _in_every_step(self, computed: "ReferencePass", note: str) -> Iterable["KeyValue"]:
         self._tell(note)
         activations = self._step_bytes + self._pass_bytes(computed)
-        host.bring([self._blocks, *self._used.values()], activations)
+        host.load([self._blocks, *self._used.values()], activations)
         return computed
 
     def _pass_bytes(self, computed: "ReferencePass") -> int:
@@ -218,19 +216,19 @@ class KeepDuringRun:
 
 
 @contextmanager
-def keeping(network: "Flux", keep: KeepDuringRun) -> Generator[None, None, None]:
-    """Let a run decide how the network's references are kept."""
-    before, network.keep = network.keep, keep
+def caching(network: "Flux", cache: RunCache) -> Generator[None, None, None]:
+    """Lets a run decide how the network's isolated references are cached."""
+    before, network.reference_cache = network.reference_cache, cache
     try:
         yield
     finally:
-        network.keep = before
+        network.reference_cache = before
 
 
 def digest_of(
     references: Sequence[Tokens], computed: "ReferencePass", identity: tuple[object, ...]
 ) -> str:
-    """Name keys and values by all they depend on: references, their order and places, the rest."""
+    """Digest of all that keys and values depend on: references, their order and ids, the rest."""
     digest = sha256(repr(identity).encode())
     tensors = [one for tokens in references for one in (tokens.values, tokens.ids)]
     for tensor in (*tensors, computed.modulation.final.shift):  # the last tells guidance apart

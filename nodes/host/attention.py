@@ -1,0 +1,64 @@
+"""ComfyUI's own attention, as its flags and the device choose it."""
+
+from typing import Any
+
+import comfy.ldm.modules.attention as attention
+import comfy.ldm.modules.diffusionmodules.model as vae
+import comfy.model_management as mm
+import torch
+from comfy.cli_args import args
+from torch import Tensor
+
+from ...flux_core.image.autoencoder import AttendCells, attend_cells
+from ...flux_core.transformer.attention import Attention, PyTorchAttention, Where
+
+_FLAGS = (
+    "use_split_cross_attention",
+    "use_quad_cross_attention",
+    "use_pytorch_cross_attention",
+    "use_sage_attention",
+    "use_flash_attention",
+)
+
+
+def transformer_attention(device: torch.device) -> Attention:
+    """What computes a transformer's attention: ComfyUI's choice.
+
+    On a CPU it is PyTorch's unless a flag says otherwise: ComfyUI's default there, sub-quadratic,
+    is of a time when PyTorch held the whole matrix.
+    """
+    return PyTorchAttention() if _is_plain(device) else ComfyAttention()
+
+
+def autoencoder_attention(device: torch.device) -> AttendCells:
+    """What computes an autoencoder's attention, chosen as for transformers."""
+    return attend_cells if _is_plain(device) else vae.vae_attention()
+
+
+def _is_plain(device: torch.device) -> bool:
+    return mm.is_device_cpu(device) and not any(getattr(args, flag, False) for flag in _FLAGS)
+
+
+class ComfyAttention:
+    """`optimized_attention`, looked up at every call: other packs put theirs in its place."""
+
+    @property
+    def name(self) -> str:
+        """Which function it is, and what PyTorch may choose from."""
+        chosen = attention.optimized_attention
+        return f"{chosen.__module__}.{chosen.__qualname__}, {PyTorchAttention().name}"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
+        """Attends from q (B, Q, H, D) to k, v (B, L, H, D); returns (B, Q, H D)."""
+        del where
+        compute: Any = attention.optimized_attention
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return compute(q, k, v, q.shape[1], skip_reshape=True)
+
+    def with_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, where: Where
+    ) -> tuple[Tensor, Tensor] | None:
+        """With the log-sum-exp where ComfyUI's choice is PyTorch; the others give none."""
+        if attention.optimized_attention is not attention.attention_pytorch:
+            return None
+        return PyTorchAttention().with_lse(q, k, v, where)

@@ -1,0 +1,283 @@
+"""Our network, with its references, as ComfyUI's GUIDER: any native SAMPLER runs it.
+
+`Any` stands for ComfyUI's own classes, which carry no usable types.
+
+Source: Comfy-Org/ComfyUI@14b05228 comfy/samplers.py CFGGuider, KSAMPLER, cfg_function.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...flux_core.errors import FamilyMismatchError, SettingError, ShapeError
+from ...flux_core.sampling.guidance import TrueCFG
+from ...flux_core.sampling.job import Job
+from ...flux_core.sampling.run import Run, check_computed
+from ...flux_core.specs import LatentSpec
+from ...flux_core.tokens.pack import latent_tokens, pack_latent, tokens_latent, unpack_tokens
+from ...flux_core.types import Latent, Sigmas
+from ...flux_core.values import Conditioning, Tokens
+from .. import host
+from ..runtime.reference_cache import ReferenceKV
+from ..runtime.sample import Handle
+from ..settings import settings_named
+
+_FOLLOWED = ("transformer_options", "sampler_post_cfg_function", "disable_cfg1_optimization")
+_OTHER = (
+    "use the [solver] of [guided sampling] instead, or another SAMPLER, such as KSamplerSelect's."
+)
+
+
+class Guider:
+    """One conditioning, or two with true CFG, on one model.
+
+    Samplers ask it for the denoised latent and look at `model_patcher`, `inner_model` and `cfg`.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        conditioning: Conditioning,
+        cfg: TrueCFG | None,
+        reference_kv: ReferenceKV = "auto",
+    ) -> None:
+        self.handle, self.conditioning = handle, conditioning
+        self.settings, self.reference_kv = cfg, reference_kv
+        self.cfg = 1.0 if cfg is None else cfg.scale
+        self.model_patcher = host.SampledPatcher(handle.family.latent, handle.device)
+        self.inner_model = self.model_patcher.model
+        self._run: Run | None = None
+
+    def sample(
+        self,
+        noise: Latent,
+        latent_image: Latent,
+        sampler: Any,
+        sigmas: Sigmas,
+        denoise_mask: Tensor | None = None,
+        callback: Callable[..., None] | None = None,
+        disable_pbar: bool = False,
+        seed: int | None = None,
+    ) -> Latent:
+        """Samples as ComfyUI's CFGGuider does.
+
+        Args:
+            noise, latent_image: (B, C, h, w), unscaled; an empty latent_image is zeros.
+            sampler: a native SAMPLER.
+            sigmas: (S + 1,), falling; none returns latent_image.
+            denoise_mask: where it samples, of the latent's size or of the image's in pixels.
+            callback: called with step, denoised, x, steps.
+            disable_pbar: no progress bar on the console.
+            seed: of the noise that the sampler itself adds.
+
+        Raises:
+            GlassboxError: what the network cannot do, with the setting to change.
+        """
+        with settings_named():
+            if sigmas.shape[-1] == 0:
+                return latent_image
+            _check(sampler, noise, latent_image, self.handle.family.latent)
+            job = self._job(noise, latent_image, sigmas)
+            with self.handle.ready(job, self.reference_kv, may_stop=True) as planned:
+                host.notify(planned.notes)
+                self._run = planned
+                try:
+                    return self._sample(
+                        planned, noise, latent_image, sampler, denoise_mask, callback,
+                        disable_pbar, seed,
+                    )  # fmt: skip
+                finally:
+                    self._run = None
+
+    def _job(self, noise: Latent, latent_image: Latent, sigmas: Sigmas) -> Job:
+        latent = self.handle.family.latent
+        target = latent_tokens(noise.float(), latent, is_noise=True)
+        start = latent_tokens(latent_image, latent) if _is_image(latent_image) else None
+        return Job(
+            conditioning=self.conditioning,
+            noise=target,
+            sigmas=sigmas,
+            cfg=self.settings,
+            start=start,
+        )
+
+    def _sample(
+        self,
+        planned: Run,
+        noise: Latent,
+        latent_image: Latent,
+        sampler: Any,
+        denoise_mask: Tensor | None,
+        callback: Callable[..., None] | None,
+        disable_pbar: bool,
+        seed: int | None,
+    ) -> Latent:
+        device, spec = planned.plan.device, self.handle.family.latent
+        levels = torch.tensor(planned.sigmas, dtype=torch.float32, device=device)
+        start = latent_image.to(device, torch.float32)
+        if _is_image(start):
+            start = spec.to_network(start)
+        if denoise_mask is not None:
+            _check_mask(denoise_mask, latent_image, spec)
+            denoise_mask = host.fitted_mask(denoise_mask, latent_image, device)
+        options = {"transformer_options": {"sample_sigmas": levels}}
+        samples = sampler.sample(
+            self,
+            levels,
+            {"model_options": options, "seed": seed},
+            callback,
+            noise.to(device, torch.float32),
+            start,
+            denoise_mask,
+            disable_pbar,
+        )
+        check_computed(samples)
+        return spec.from_network(samples.float())
+
+    def __call__(
+        self,
+        x: Latent,
+        sigma: Tensor,
+        model_options: dict[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> Latent:
+        """Predicts the denoised latent of x (B, C, h, w) at sigma (B,); called by samplers."""
+        del seed
+        host.stop_if_cancelled()
+        options = model_options or {}
+        _check_options(options)
+        assert self._run is not None  # samplers call it while `sample` runs
+        plan, target = self._run.plan, self._run.job.noise
+        level = _level(sigma)
+        values = pack_latent(x.float(), target.latent)
+        passes = plan.passes(values, level)
+
+        def denoised(velocity: Tensor) -> Latent:
+            return x - level * unpack_tokens(velocity, target.grid, target.latent)
+
+        result = denoised(plan.combine(*passes))
+        functions = options.get("sampler_post_cfg_function", ())
+        if not functions:
+            return result
+        positive, negative = passes
+        if negative is None:
+            raise SettingError(
+                "The sampler asks for the negative pass in a step that has none.",
+                "a negative conditioning that is read in every step.",
+                f"wire negative on the guider, with cfg above 1, start 0 and end 1; or {_OTHER}",
+            )
+        for change in functions:
+            result = change(
+                {
+                    "denoised": result,
+                    "cond": None,
+                    "uncond": None,
+                    "cond_scale": self.cfg,
+                    "model": self.inner_model,
+                    "cond_denoised": denoised(positive),
+                    "uncond_denoised": denoised(negative),
+                    "sigma": sigma,
+                    "model_options": options,
+                    "input": x,
+                }
+            )
+        return result
+
+
+def sample_with(sampler: Any, handle: Handle, job: Job, reference_kv: ReferenceKV) -> Tokens:
+    """Samples a job with a native SAMPLER in place of its solver.
+
+    Noise that the sampler itself adds follows from the job's noise: the same seed on every run.
+    """
+    guider = Guider(handle, job.conditioning, job.cfg, reference_kv)
+    noise = tokens_latent(job.noise)
+    start = torch.zeros_like(noise)
+    if job.start is not None:
+        start = tokens_latent(job.start).expand_as(noise)
+    show = host.Progress(job.noise, handle.device)
+
+    def callback(step: int, denoised: Latent, x: Latent, steps: int) -> None:
+        del x
+        show(step, steps, denoised)
+
+    digest = sha256(noise.detach().cpu().contiguous().numpy().tobytes()).digest()
+    made = guider.sample(
+        noise,
+        start,
+        sampler,
+        job.sigmas,
+        callback=callback,
+        seed=int.from_bytes(digest[:7], "big"),
+    )
+    values = pack_latent(host.to_outputs(made), job.noise.latent)
+    return replace(job.noise, values=values, is_noise=False)
+
+
+def _check(sampler: Any, noise: Latent, latent_image: Latent, spec: LatentSpec) -> None:
+    """Refuses what is no SAMPLER, and latents that this network cannot make."""
+    if not host.is_sampler(sampler):
+        raise SettingError(
+            f"A {type(sampler).__name__} is wired where a SAMPLER goes.",
+            "one of ComfyUI's samplers.",
+            "wire 'KSamplerSelect', or leave the input empty to use [solver].",
+        )
+    if getattr(latent_image, "is_nested", False) or getattr(noise, "is_nested", False):
+        raise SettingError(
+            "The latent is several at once, as videos with sound have them.",
+            "the latent of an image.",
+            "wire 'Empty Latent Image', or a latent of FLUX's autoencoder.",
+        )
+    for name, one in (("latent_image", latent_image), ("noise", noise)):
+        if one.ndim != 4 or one.shape[1] != spec.channels:
+            raise FamilyMismatchError(
+                f"The {name} has shape {tuple(one.shape)}.",
+                f"(batch, {spec.channels}, height, width) for {spec.name}.",
+                "wire 'EmptySD3LatentImage' for FLUX.1 or 'Empty Flux 2 Latent' for FLUX.2, or a "
+                "latent of this model's autoencoder.",
+            )
+
+
+def _check_mask(mask: Tensor, latent: Latent, spec: LatentSpec) -> None:
+    """Refuses a mask that ComfyUI would stretch: neither of the latent's size nor the image's."""
+    height, width = latent.shape[-2:]
+    sizes = [(height, width), (height * spec.downscale, width * spec.downscale)]
+    if getattr(mask, "is_nested", False) or tuple(mask.shape[-2:]) not in sizes:
+        found = "x".join(map(str, reversed(mask.shape[-2:])))
+        raise ShapeError(
+            f"The noise mask is {found}.",
+            f"{sizes[1][1]}x{sizes[1][0]}, the size of the image, or {width}x{height}, the "
+            "latent's.",
+            "fit the image first, and make the mask of the fitted image.",
+        )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuses what a sampler puts on the model and only ComfyUI's own guiders follow."""
+    unknown = [name for name, value in options.items() if value and name not in _FOLLOWED]
+    if unknown:
+        raise SettingError(
+            f"The sampler asks for {', '.join(map(str, unknown[:3]))}.",
+            "denoised images, and corrections after CFG.",
+            _OTHER,
+        )
+
+
+def _level(sigma: Tensor) -> float:
+    """The one noise level of a call."""
+    levels = sigma.flatten()
+    if bool((levels != levels[0]).any()):
+        raise SettingError(
+            "The sampler asks for several noise levels at once.",
+            "one level for all images of the batch.",
+            _OTHER,
+        )
+    return float(levels[0])
+
+
+def _is_image(latent: Latent) -> bool:
+    """Whether there is anything in a latent: ComfyUI takes zeros for an empty one."""
+    return bool(torch.count_nonzero(latent))

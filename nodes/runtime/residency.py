@@ -1,0 +1,29 @@
+"""Which part of a transformer is where it computes."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import host
+from .reference_cache import ReferenceStore
+
+
+class Residency:
+    """Loads the part of a transformer that computes next, and unloads the other.
+
+    It knows the patchers, not the network: a network that held its handle would never be freed.
+    """
+
+    def __init__(self, modulation: Any, blocks: Any, cached: ReferenceStore) -> None:
+        self.modulation, self.blocks, self.cached = modulation, blocks, cached
+        self.activations = 0  # bytes the next run needs beside the weights
+        self.uses_cached = False  # whether it may need what was cached last, which then stays
+
+    def __call__(self, part: nn.Module) -> torch.device:
+        """Loads a part; returns the device it is on."""
+        if part is self.modulation.model:
+            return host.load([self.modulation], 0)
+        host.unload(self.modulation)
+        beside = self.cached.on_device() if self.uses_cached else []
+        return host.load([self.blocks, *beside], self.activations)
