@@ -1,4 +1,4 @@
-"""Checks at the boundary that several stages share."""
+"""Checks of inputs that several stages share."""
 
 import torch
 from torch import Tensor
@@ -13,10 +13,15 @@ _LOOK_BEFORE = (
 
 
 def check_finite(values: Tensor, name: str, fix: str = _LOOK_BEFORE) -> None:
-    """Refuse NaN and infinity.
+    """Checks a tensor for NaN and infinity.
+
+    Args:
+        values: any tensor.
+        name: what it is, for the message.
+        fix: what to change.
 
     Raises:
-        NonFiniteError: `name` holds some; `fix` says what to change.
+        NonFiniteError: there are some.
     """
     bad = int((~torch.isfinite(values)).sum())
     if bad:
@@ -28,44 +33,44 @@ def check_finite(values: Tensor, name: str, fix: str = _LOOK_BEFORE) -> None:
 
 
 def check_latent(found: LatentSpec, needed: LatentSpec, name: str) -> None:
-    """Refuse tokens or an autoencoder of another latent.
+    """Checks that tokens and a model or an autoencoder have the same latent.
 
     Raises:
-        FamilyMismatchError: they do not belong together.
+        FamilyMismatchError: they have different ones.
     """
     if found != needed:
         raise FamilyMismatchError(
             f"The {name} input holds {found.name} tokens.",
             f"{needed.name} tokens.",
-            "use one family throughout: in 'Load Model (FLUX)', 'Load Autoencoder (FLUX)' and the "
-            "latent_format of 'Pack Latent (FLUX)', or take all parts from one 'Load Nano (FLUX)'.",
+            "use one family throughout: in [model loader], [autoencoder loader] and "
+            "[latent_format], or take all parts from one [nano loader].",
         )
 
 
 def check_sides(height_px: int, width_px: int, spec: LatentSpec) -> None:
-    """Refuse a picture that does not divide into tokens.
+    """Checks that an image divides into tokens.
 
     Raises:
-        ShapeError: a side is no multiple of spec.token_px.
+        ShapeError: a side is not a multiple of spec.token_px.
     """
     if height_px % spec.token_px or width_px % spec.token_px:
         raise ShapeError(
             f"The picture is {width_px}x{height_px}.",
             f"sides that are multiples of {spec.token_px} px.",
-            "put 'Fit Image (FLUX)' before it.",
+            "bring the image to size with [image fit].",
         )
 
 
 def check_reference(
     height_px: int, width_px: int, rule: ReferenceSize, name: str, *, cropped_px: int = 0
 ) -> None:
-    """Refuse a picture that the model does not take as a reference.
+    """Checks that an image is a legal reference.
 
     Args:
-        height_px, width_px: of the picture.
-        rule: what the model takes.
-        name: of the picture, as the beginning of a sentence.
-        cropped_px: what its short side may have lost since it was a legal picture.
+        height_px, width_px: of the image.
+        rule: the model's rule for references.
+        name: of the image, as the beginning of a sentence.
+        cropped_px: what may have been cropped off its short side since it was legal.
 
     Raises:
         ShapeError: `name` is too small or too long.
@@ -84,5 +89,5 @@ def check_reference(
     raise ShapeError(
         f"{name} is {width_px}x{height_px}: {found} for a reference.",
         f"sides of at least {least} px, and none longer than {aspect:g} times the other.",
-        "crop it, or use 'Fit Image (FLUX)' with size exact and method pad.",
+        "crop it, or set [fit size] to exact and [fit method] to pad.",
     )

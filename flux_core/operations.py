@@ -1,17 +1,17 @@
-"""The layer classes every module with weights is built from.
+"""The layer classes that every module with weights is built from.
 
-ComfyUI hands in `comfy.ops.*` so that it can cast, move and patch weights; outside it is
-`torch.nn`. Both construct as `Linear(in, out, bias=..., dtype=..., device=...)`.
+Inside ComfyUI they are those of `comfy.ops`, so that it can cast, move and patch weights; outside,
+`torch.nn`. Both are called as `Linear(in, out, bias=..., dtype=..., device=...)`.
 
-Layers that hold quantised weights as they are stored, such as ComfyUI's `mixed_precision_ops`, are
-made without a weight, on the device that keeps it. Their `load_state_dict` accepts beside `weight`
-and `bias`:
+Layers that keep weights quantised, such as those of ComfyUI's `mixed_precision_ops`, are built
+without a weight, on the device where it will be. Besides `weight` and `bias`, their
+`load_state_dict` accepts:
 
 - `comfy_quant`: bytes of JSON, {"format": "float8_e4m3fn", "float8_e5m2" or "nvfp4"}; without it
   the weight is plain.
-- `weight_scale`: of the tensor, float32 (); of nvfp4's blocks, in tiles as cuBLAS reads them.
-- `weight_scale_2`: nvfp4's scale of the tensor, float32 ().
-- `pre_quant_scale`: nvfp4's smoothing, float32 (inputs,), by which the layer multiplies its input.
+- `weight_scale`: the tensor's scale, float32 (); or nvfp4's block scales, in cuBLAS's tiles.
+- `weight_scale_2`: nvfp4's scale of the whole tensor, float32 ().
+- `pre_quant_scale`: nvfp4's smoothing, float32 (inputs,): the layer's input is multiplied by it.
 """
 
 from collections.abc import Callable
@@ -31,5 +31,5 @@ class Operations(Protocol):
 
 
 def torch_operations() -> Operations:
-    """Give PyTorch's own layers."""
+    """Returns PyTorch's own layers."""
     return nn  # type: ignore[return-value]

@@ -1,5 +1,5 @@
-"""Preview colours of the nano autoencoders' latents: red, green, blue of each channel, and last
-what is added. Least squares over drawn scenes; what it fits is `LatentSpec.preview_rgb`.
+"""Preview colours of the nano autoencoders' latents, for `LatentSpec.preview_rgb`: a row of red,
+green and blue factors for each channel, then a row of biases. Fitted by least squares on scenes.
 """
 
 Rows = tuple[tuple[float, float, float], ...]

@@ -1,4 +1,4 @@
-"""What FLUX.2 [dev]'s language model is told before every prompt, to the letter.
+"""The system message before every prompt of FLUX.2 [dev], to the letter.
 
 Source: black-forest-labs/flux2@ab7cca6 src/flux2/system_messages.py SYSTEM_MESSAGE.
 """

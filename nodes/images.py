@@ -1,4 +1,4 @@
-"""Pictures to tokens and back."""
+"""Images to tokens and back."""
 
 import torch
 from comfy_api.latest import io
@@ -30,8 +30,8 @@ class FitImage(Node):
             node_id="GlassboxFitImage",
             display_name="Fit Image (FLUX)",
             category=_CATEGORY,
-            description="Make a picture's size legal for the model, and remember how, so that "
-            "Unpack and Decode can undo it.",
+            description="Fits a picture to a size that the model accepts; Unpack and Decode can "
+            "undo it.",
             search_aliases=["kontext image scale", "resize", "flux size", "pad", "crop"],
             inputs=[
                 io.Image.Input("image", tooltip="Any size; three channels."),
@@ -63,8 +63,8 @@ class FitImage(Node):
                     "method",
                     options=["crop", "pad", "stretch"],
                     default="stretch",
-                    tooltip="crop cuts what is too much, as published for FLUX.2; pad repeats the "
-                    "edge where something is missing; stretch changes the proportions.",
+                    tooltip="crop cuts off what does not fit, as published for FLUX.2; pad repeats "
+                    "the edge pixels around the picture; stretch changes the proportions.",
                 ),
             ],
             outputs=[
@@ -74,7 +74,7 @@ class FitImage(Node):
                 io.Int.Output("height", tooltip="Of the fitted picture, for Noise."),
                 io.Int.Output(
                     "match_width",
-                    tooltip="Of the picture as it came, down to a multiple of 16 px: for Noise, "
+                    tooltip="Of the input picture, rounded down to a multiple of 16 px: for Noise, "
                     "to make a picture of that size.",
                 ),
                 io.Int.Output("match_height", tooltip="As match_width."),
@@ -103,7 +103,7 @@ def _fit(image: Image, size: str, exact: tuple[int, int], method: FitMethod) -> 
     host.require_room(
         fit_bytes(image.shape[0], *exact),
         f"{image.shape[0]} pictures of {exact[1]}x{exact[0]}",
-        "make width and height smaller.",
+        "make [fit width] and [fit height] smaller.",
     )
     return fit_image(image, exact, method, TOKEN_PX)
 
@@ -116,12 +116,12 @@ class EncodeAndPack(Node):
             node_id="GlassboxEncodeAndPack",
             display_name="Encode and Pack (FLUX)",
             category=_CATEGORY,
-            description="Encode a picture to a latent and cut it into tokens, placed as a target: "
-            "index 0, rows and columns from 0.",
+            description="Encodes a picture to a latent and packs it into tokens with the position "
+            "ids of a target: index 0, rows and columns from 0.",
             search_aliases=["vae encode", "reference latent", "image to tokens", "patchify"],
             inputs=[
                 autoencoder_input("From a loader, or a native VAE of FLUX.1 or FLUX.2."),
-                io.Image.Input("image", tooltip="Sides are multiples of 16 px: see Fit Image."),
+                io.Image.Input("image", tooltip="Sides must be multiples of 16 px: see Fit Image."),
                 io.Combo.Input(
                     "posterior",
                     options=["mode", "sample"],
@@ -159,7 +159,7 @@ class UnpackAndDecode(Node):
             node_id="GlassboxUnpackAndDecode",
             display_name="Unpack and Decode (FLUX)",
             category=_CATEGORY,
-            description="Lay tokens out as a latent, decode it to a picture, and undo the fit.",
+            description="Unpacks tokens to a latent, decodes it to a picture, and undoes the fit.",
             search_aliases=["vae decode", "tokens to image", "unpatchify"],
             inputs=[
                 autoencoder_input("Of the model that sampled: from a loader, or a native VAE."),
@@ -167,8 +167,8 @@ class UnpackAndDecode(Node):
                 FitSocket.Input(
                     "fit",
                     optional=True,
-                    tooltip="Of the picture that was edited: cuts padding away and resizes back. "
-                    "What a crop cut off does not come back.",
+                    tooltip="Of the picture that was edited: padding is cut off and the rest "
+                    "resized back. What was cropped does not come back.",
                 ),
             ],
             outputs=[io.Image.Output("image")],
@@ -183,7 +183,7 @@ class UnpackAndDecode(Node):
         fit: FitSocket.Type | None = None,
     ) -> io.NodeOutput:
         decoder = as_autoencoder(autoencoder)
-        laid = as_tokens(tokens, decoder.latent)
-        check_finite(laid.values, "tokens input")
-        image = decoder.decode(tokens_latent(laid), laid.latent)
+        packed = as_tokens(tokens, decoder.latent)
+        check_finite(packed.values, "tokens input")
+        image = decoder.decode(tokens_latent(packed), packed.latent)
         return io.NodeOutput(image if fit is None else undo_fit(image, fit))

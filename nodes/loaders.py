@@ -1,4 +1,4 @@
-"""Loaders: files to models."""
+"""Loaders of the parts of a model."""
 
 from comfy_api.latest import io
 from typing_extensions import override
@@ -33,8 +33,8 @@ def _dtype_input() -> io.Combo.Input:
         options=host.DTYPE_CHOICES,
         default="auto",
         advanced=True,
-        tooltip="Number type of the weights and of the computation. auto: what this machine "
-        "computes well; on a CPU float32 if it fits in memory.",
+        tooltip="Number type of the weights and of the computation. auto: the best for this "
+        "machine; on a CPU float32 if it fits in memory.",
     )
 
 
@@ -57,7 +57,7 @@ class LoadNano(Node):
             node_id="GlassboxLoadNano",
             display_name="Load Nano (FLUX)",
             category=_CATEGORY,
-            description="Load one of the small models that come with this pack. They have the "
+            description="Loads one of the small models that come with this pack. They have the "
             "architecture of FLUX.1 Kontext or FLUX.2 klein, and know coloured shapes on plain "
             "backgrounds, no photographs.",
             search_aliases=["flux nano", "kontext demo", "klein demo", "embedded model"],
@@ -65,8 +65,8 @@ class LoadNano(Node):
                 io.Combo.Input(
                     "name",
                     options=list(_NANO),
-                    tooltip="Both edit a picture as told. kontext: FLUX.1 Kontext's architecture, "
-                    "8 steps. klein: FLUX.2 klein's, 4 steps, up to two references.",
+                    tooltip="Both edit pictures by instruction. kontext: FLUX.1 Kontext's "
+                    "architecture, 8 steps. klein: FLUX.2 klein's, 4 steps, up to two references.",
                 ),
             ],
             outputs=[
@@ -90,7 +90,7 @@ class LoadModel(Node):
             node_id="GlassboxLoadModel",
             display_name="Load Model (FLUX)",
             category=_CATEGORY,
-            description="Load a transformer of FLUX.1 or FLUX.2: the published layout or "
+            description="Loads a transformer of FLUX.1 or FLUX.2: the published layout or "
             "diffusers', one file or any shard of a set.",
             search_aliases=[
                 "flux unet loader",
@@ -112,8 +112,8 @@ class LoadModel(Node):
                     options=_FAMILIES,
                     default="auto",
                     tooltip="Which model it is. FLUX.1 dev, Kontext and Krea share every shape, "
-                    "and so do a klein, its base and its KV: there auto goes by the file's name "
-                    "and says in the report that it guessed.",
+                    "and so do a klein, its base and its KV: there auto guesses from the file's "
+                    "name, and the report says so.",
                 ),
                 _dtype_input(),
                 io.Combo.Input(
@@ -122,9 +122,10 @@ class LoadModel(Node):
                     default=loading.AS_STORED,
                     optional=True,
                     advanced=True,
-                    tooltip="as stored: float8 and NVFP4 weights stay in memory as they are, and "
-                    "numbers are made of each layer when it is used. plain: they take the memory "
-                    "of the dtype, and steps are faster, small pictures most.",
+                    tooltip="as stored: float8 and NVFP4 weights stay quantised in memory, and "
+                    "each layer is dequantised when it is used. plain: they are dequantised once, "
+                    "take the memory of the dtype, and steps are faster, most of all at small "
+                    "sizes.",
                 ),
             ],
             outputs=[_model_output(), _report_output()],
@@ -155,7 +156,7 @@ class LoadTextEncoders(Node):
             node_id="GlassboxLoadTextEncoders",
             display_name="Load Text Encoders (FLUX)",
             category=_CATEGORY,
-            description="Load the text encoders of a model: CLIP-L and T5 for FLUX.1, in any "
+            description="Loads the text encoders of a model: CLIP-L and T5 for FLUX.1, in any "
             "order; Qwen3 for FLUX.2 klein; Mistral 3 for FLUX.2 dev.",
             search_aliases=[
                 "dual clip loader",
@@ -176,8 +177,8 @@ class LoadTextEncoders(Node):
                 io.Combo.Input(
                     "file_2",
                     options=[_NONE, *host.model_names("text_encoders")],
-                    tooltip="FLUX.1: the other one; none if the first file holds both. FLUX.2: "
-                    "none, it has one encoder.",
+                    tooltip="FLUX.1: the other one; none if the first file holds both. FLUX.2 has "
+                    "one encoder: none.",
                 ),
                 _dtype_input(),
             ],
@@ -206,7 +207,7 @@ class LoadAutoencoder(Node):
             node_id="GlassboxLoadAutoencoder",
             display_name="Load Autoencoder (FLUX)",
             category=_CATEGORY,
-            description="Load the autoencoder (VAE) of FLUX.1 or FLUX.2: the published layout or "
+            description="Loads the autoencoder (VAE) of FLUX.1 or FLUX.2: the published layout or "
             "diffusers'.",
             search_aliases=["flux vae loader", "ae.safetensors", "flux2-vae", "vae"],
             inputs=[

@@ -1,4 +1,4 @@
-"""LoRAs on models of this pack's own loader, and on ComfyUI's own."""
+"""LoRAs on models of this pack's loaders and on ComfyUI's own."""
 
 from comfy_api.latest import io
 from typing_extensions import override
@@ -9,7 +9,7 @@ from .runtime import loading
 from .settings import Node
 from .sockets import ModelSocket, model_input
 
-_LIMIT = 100.0  # ComfyUI's own of a LoRA's strength
+_LIMIT = 100.0  # of the strength, as in ComfyUI's LoRA loader
 
 
 class ApplyLoRA(Node):
@@ -20,8 +20,8 @@ class ApplyLoRA(Node):
             node_id="GlassboxApplyLoRA",
             display_name="Apply LoRA (FLUX)",
             category="FLUX Glassbox/loaders",
-            description="Put a LoRA on a model of FLUX.1 or FLUX.2, whichever trainer wrote it. "
-            "Chain the node for several. The model that comes in stays as it is.",
+            description="Applies a LoRA of any trainer to a model of FLUX.1 or FLUX.2. Chain the "
+            "node for several. The input model itself is not changed.",
             search_aliases=["flux lora loader", "lokr", "load lora", "kohya", "ai-toolkit"],
             inputs=[
                 model_input(
@@ -40,8 +40,8 @@ class ApplyLoRA(Node):
                     min=-_LIMIT,
                     max=_LIMIT,
                     step=0.05,
-                    tooltip="How much of the LoRA is added, from -100 to 100. 1: as it was "
-                    "trained; 0: none of it.",
+                    tooltip="How strongly the LoRA is applied, from -100 to 100. 1: as trained; "
+                    "0: not at all.",
                 ),
                 io.String.Input(
                     "block_strengths",
@@ -50,20 +50,20 @@ class ApplyLoRA(Node):
                     optional=True,
                     advanced=True,
                     tooltip="Factors of the strength, block by block: 'double 0-7: 1.0; single "
-                    "0,2,5-10: 0.5; other: 0'. What is not named has 1.",
+                    "0,2,5-10: 0.5; other: 0'. Blocks that are not named have 1.",
                 ),
             ],
             outputs=[
                 ModelSocket.Output("model", tooltip="For the nodes of this pack."),
                 io.String.Output(
                     "report",
-                    tooltip="For which models it is, its format and rank, and which of its keys "
-                    "are used.",
+                    tooltip="Which models the LoRA is for, its format and rank, and which of its "
+                    "keys are used.",
                 ),
                 io.Model.Output(
                     "native",
-                    tooltip="The same, for KSampler and ComfyUI's other nodes, if a native MODEL "
-                    "came in. Models of this pack's loaders are for this pack's nodes.",
+                    tooltip="The same, for KSampler and ComfyUI's other nodes, if the input is a "
+                    "native MODEL. Models of this pack's loaders work in this pack's nodes only.",
                 ),
             ],
         )

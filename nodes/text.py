@@ -26,8 +26,8 @@ class EncodeText(Node):
             node_id="GlassboxEncodeText",
             display_name="Encode Text (FLUX)",
             category="FLUX Glassbox/text",
-            description="Encode a prompt with a model's text encoders, and say how many tokens it "
-            "took and which end of it did not fit.",
+            description="Encodes a prompt with a model's text encoders, and shows how many tokens "
+            "it takes and which part did not fit.",
             search_aliases=["clip text encode flux", "prompt", "instruction", "t5", "qwen"],
             has_intermediate_output=True,
             inputs=[
@@ -37,15 +37,15 @@ class EncodeText(Node):
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip="What to make, or what to change. CLIP-L takes 77 tokens; T5, Qwen3 "
-                    "and Mistral 512, with the marks and words around the prompt.",
+                    "and Mistral 512, including special tokens and chat template.",
                 ),
                 io.String.Input(
                     "prompt_2",
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="FLUX.1: another text for T5 alone. Empty: the same as prompt. FLUX.2 "
-                    "has one encoder, which reads prompt alone.",
+                    tooltip="FLUX.1: another text for T5 only. Empty: the same as prompt. FLUX.2 "
+                    "has one encoder, which reads only prompt.",
                 ),
                 io.Int.Input(
                     "t5_tokens",
@@ -53,15 +53,15 @@ class EncodeText(Node):
                     min=0,
                     max=512,
                     advanced=True,
-                    tooltip="Length of the text, 1 to 512 tokens: what T5, Qwen3 or Mistral read "
-                    "is padded or cut to it. 0 is the encoders' own: 512. FLUX.1 [schnell] was "
+                    tooltip="Text length, 1 to 512 tokens: what T5, Qwen3 or Mistral read is "
+                    "padded or cut to it. 0: the model's default, 512. FLUX.1 [schnell] was "
                     "trained with 256.",
                 ),
             ],
             outputs=[
                 TextSocket.Output("text"),
                 io.String.Output(
-                    "report", tooltip="Tokens used and text cut, for each encoder, and notes."
+                    "report", tooltip="Tokens used and text cut off, for each encoder, and notes."
                 ),
             ],
         )
@@ -79,10 +79,10 @@ class EncodeText(Node):
 
 
 def _as_text_encoders(encoders: AnyTextEncoders) -> "TextEncodersHandle | NativeTextEncoders":
-    """Take what is wired: this pack's own, or a native CLIP."""
+    """Returns the text encoders that are wired: this pack's own, or a native CLIP."""
     if isinstance(encoders, TextEncodersHandle):
         return encoders
-    from .native.text import NativeTextEncoders  # imported with the first use: it takes time
+    from .native.text import NativeTextEncoders  # late: takes time to import
 
     return NativeTextEncoders(encoders)
 

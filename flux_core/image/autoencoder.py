@@ -1,10 +1,11 @@
 """The FLUX autoencoder: pixels to latent and back.
 
-Key names are the published ones, so a checkpoint loads without a map.
+Parameter names are the published ones, so a checkpoint loads without a key map.
 Source: black-forest-labs/flux@802fb47 src/flux/modules/autoencoder.py;
 black-forest-labs/flux2@ab7cca6 src/flux2/autoencoder.py, whose bottleneck is patched and
-batch-normalised. Deviation: neither direction applies the transformer's scale and shift; those
-belong to the plan (LatentSpec). A sample's spread is clamped as huggingface/diffusers 0.42.1 does.
+batch-normalised. Deviations: neither direction applies the transformer's scale and shift, which
+belong to the plan (LatentSpec); the log variance of a sample is clamped as in huggingface/diffusers
+0.42.1.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ AttendCells: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, C, h,
 
 
 class _Build:
-    """Layer construction with one dtype, device, namespace and group count."""
+    """Builds layers of one namespace, dtype, device and group count."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ def attend_cells(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _Attention(nn.Module):
-    """Single-head self-attention over all cells, with 1x1 convolutions."""
+    """Single-head self-attention over all latent cells, with 1x1 convolutions."""
 
     def __init__(self, build: _Build, channels: int) -> None:
         super().__init__()
@@ -204,7 +205,7 @@ class _Decoder(nn.Module):
 
 
 class _LatentNorm(nn.Module):
-    """Batch norm with the statistics of training, over the channels of the patched latent."""
+    """Batch norm over the channels of the patched latent, with the statistics of training."""
 
     EPS = 1e-4
     running_mean: Tensor
@@ -213,7 +214,7 @@ class _LatentNorm(nn.Module):
 
     def __init__(self, channels: int, device: torch.device | str | None) -> None:
         super().__init__()
-        # float32 whatever the weights are: they undo themselves exactly only then
+        # float32 whatever the weights are: `undo` inverts `forward` exactly only then
         ones = torch.ones(channels, dtype=torch.float32, device=device)
         self.register_buffer("running_mean", torch.zeros_like(ones))
         self.register_buffer("running_var", ones)
@@ -221,14 +222,14 @@ class _LatentNorm(nn.Module):
         self.register_buffer("num_batches_tracked", count)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, size = self._sizes(x)
-        return ((x.float() - mean) / size).to(x.dtype)
+        mean, std = self._statistics(x)
+        return ((x.float() - mean) / std).to(x.dtype)
 
     def undo(self, x: Tensor) -> Tensor:
-        mean, size = self._sizes(x)
-        return (x.float() * size + mean).to(x.dtype)
+        mean, std = self._statistics(x)
+        return (x.float() * std + mean).to(x.dtype)
 
-    def _sizes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, var = (
             buffer.to(x.device, torch.float32)[None, :, None, None]
             for buffer in (self.running_mean, self.running_var)
@@ -237,7 +238,7 @@ class _LatentNorm(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Pixels (B, 3, H, W) in -1..1 to a latent (B, C, H/f, W/f) and back; f is spec's downscale."""
+    """Pixels (B, 3, H, W) in -1..1 to a latent (B, C, H/f, W/f) and back; f is the downscale."""
 
     def __init__(
         self,
@@ -261,16 +262,16 @@ class Autoencoder(nn.Module):
                 module.attend = attend
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Give mean and log variance of the bottleneck, each (B, c, H/8, W/8)."""
+        """Returns mean and log variance of the bottleneck, each (B, c, H/8, W/8)."""
         mean, logvar = self.encoder(pixels).chunk(2, dim=1)
         return mean, logvar
 
     def encode(self, pixels: Tensor, *, generator: torch.Generator | None = None) -> Latent:
-        """Encode a picture.
+        """Encodes pixels.
 
         Args:
             pixels: (B, 3, H, W) in -1..1; sides are multiples of the downscale factor.
-            generator: None gives the posterior's mode, as published; a CPU generator a sample.
+            generator: None for the posterior's mode, as published; a CPU generator for a sample.
 
         Returns:
             (B, C, H/f, W/f), in the convention of ComfyUI's LATENT.
@@ -284,7 +285,7 @@ class Autoencoder(nn.Module):
             raise ShapeError(
                 f"The picture is {width}x{height}.",
                 f"sides that are multiples of {factor}.",
-                "put 'Fit Image (FLUX)' before it.",
+                "bring the image to size with [image fit].",
             )
         mean, logvar = self.moments(pixels)
         if generator is None:
@@ -293,23 +294,27 @@ class Autoencoder(nn.Module):
         return self.to_latent(mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise.to(mean))
 
     def decode(self, latent: Latent) -> Tensor:
-        """Decode a latent (B, C, h, w) to pixels (B, 3, f h, f w), about -1..1."""
+        """Decodes a latent (B, C, h, w) to pixels (B, 3, f h, f w), about -1..1.
+
+        Raises:
+            ShapeError: the latent has another number of channels.
+        """
         if latent.shape[1] != self.spec.latent.channels:
             raise ShapeError(
                 f"The latent has {latent.shape[1]} channels.",
                 f"{self.spec.latent.channels}, which {self.spec.latent.name} has.",
-                "use the autoencoder and the model of one family.",
+                "load files of one family with [model loader] and [autoencoder loader].",
             )
         return self.decoder(self.from_latent(latent))
 
     def to_latent(self, z: Tensor) -> Latent:
-        """Patch and normalise a bottleneck (B, c, H/8, W/8); the identity where patch is 1."""
+        """Patches and normalises a bottleneck (B, c, H/8, W/8); the identity if patch is 1."""
         if self.bn is None:
             return z
         return self.bn(F.pixel_unshuffle(z, self.spec.patch))
 
     def from_latent(self, latent: Latent) -> Tensor:
-        """Undo `to_latent`."""
+        """Inverts `to_latent`."""
         if self.bn is None:
             return latent
         return F.pixel_shuffle(self.bn.undo(latent), self.spec.patch)

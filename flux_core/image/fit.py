@@ -1,8 +1,8 @@
-"""Make a picture's size legal for the model, remember how, and undo it afterwards.
+"""Fits images to sizes that the models accept, and undoes it after the edit.
 
-Every way is crop, resize, pad, in that order, with whole pixels: `Fit` holds the numbers, so
-`undo_fit` can lay the edited picture over the original. A picture that is legal already passes
-through bit for bit.
+Every method is crop, resize, pad, in that order, with whole pixels. `Fit` holds the numbers, so
+that `undo_fit` can restore the original's size and position. An image whose size is legal already
+is returned bit for bit.
 """
 
 from typing import Literal
@@ -24,22 +24,22 @@ FitMethod = Literal["pad", "crop", "stretch"]
 def fit_image(
     image: Image, size: tuple[int, int], method: FitMethod, multiple: int
 ) -> tuple[Image, Fit]:
-    """Bring a picture to a size.
+    """Fits an image to a size.
 
     Args:
         image: (B, H, W, 3) in 0..1.
         size: (height, width) to reach, in pixels.
-        method: "pad" scales to fit inside, centres it and repeats the edge pixels around it (a
-            plain colour would put a hard edge, which the model continues, into the reference);
-            "crop" cuts the centre to the target's aspect, then resizes; "stretch" resizes.
-        multiple: what both sides of size have to divide by.
+        method: "pad" scales to fit inside, centres, and repeats the edge pixels around it (a plain
+            colour would add a hard edge to the reference, which the model continues); "crop" crops
+            the centre to the target's aspect, then resizes; "stretch" resizes.
+        multiple: both sides of size must be multiples of it.
 
     Returns:
-        The picture (B, *size, 3), and how to undo it.
+        The image (B, *size, 3), and how to undo the fit.
 
     Raises:
-        ShapeError: not a colour picture, or size does not divide.
-        SettingError: an unknown method.
+        ShapeError: image is not a colour image, or size is not a multiple.
+        SettingError: the method is unknown.
 
     Source: crop rectangle of Comfy-Org/ComfyUI@14b05228 comfy/utils.py common_upscale "center".
     Deviation: resampled in float32, where black-forest-labs/flux resizes 8-bit pictures.
@@ -60,21 +60,21 @@ def fit_image(
 
 
 def keep_size(image: Image, method: FitMethod, multiple: int) -> tuple[Image, Fit]:
-    """Bring a picture to the next legal size without touching its scale.
+    """Fits an image to the nearest legal size without changing its scale.
 
     Args:
         image: (B, H, W, 3) in 0..1.
-        method: "pad" goes up, repeating the edge pixels evenly around it; "crop" goes down, cutting
-            evenly from all sides. Neither resamples. "stretch" is the one that does: it resizes to
-            the nearest legal size, up or down for each side.
-        multiple: what both sides have to divide by.
+        method: "pad" rounds up, repeating the edge pixels evenly around the image; "crop" rounds
+            down, cropping evenly on all sides. Only "stretch" resamples: it resizes each side to
+            the nearest multiple, up or down.
+        multiple: both sides become multiples of it.
 
     Returns:
-        The picture, and how to undo it; for "pad" undoing gives every pixel back bit for bit.
+        The image, and how to undo the fit; undoing "pad" restores every pixel bit for bit.
 
     Raises:
-        ShapeError: not a colour picture, or too small to crop.
-        SettingError: an unknown method.
+        ShapeError: image is not a colour image, or too small to crop.
+        SettingError: the method is unknown.
     """
     check_image(image)
     height, width = original = (image.shape[1], image.shape[2])
@@ -94,7 +94,7 @@ def keep_size(image: Image, method: FitMethod, multiple: int) -> tuple[Image, Fi
             raise ShapeError(
                 f"The picture is {width}x{height}, with no {multiple}x{multiple} px in it to keep.",
                 f"sides of at least {multiple} px to crop.",
-                "set method to pad or stretch in 'Fit Image (FLUX)'.",
+                "set [fit method] to pad or stretch.",
             )
         box = ((height - size[0]) // 2, (width - size[1]) // 2, *size)
         fit = Fit(original=original, crop=box, resized=size, canvas=size)
@@ -107,22 +107,22 @@ def keep_size(image: Image, method: FitMethod, multiple: int) -> tuple[Image, Fi
 
 
 def fit_reference(image: Image, rule: ReferenceSize, method: FitMethod) -> tuple[Image, Fit]:
-    """Bring a picture to the size a model takes it as a reference in.
+    """Fits an image to the size at which a model takes it as a reference.
 
     Args:
         image: (B, H, W, 3) in 0..1.
-        rule: what the model takes.
-        method: "crop" is the published way: a picture with too many pixels is scaled down, then
-            cropped evenly to the multiple. "pad" and "stretch" reach the same size and keep all of
-            the picture.
+        rule: the model's rule for references.
+        method: "crop" is the published way: an image with too many pixels is scaled down, then
+            cropped evenly to the multiple. "pad" and "stretch" reach the same size with all of the
+            image.
 
     Returns:
-        The picture, and how to undo it. For "crop" of a scaled picture `fit.crop` is what is left
-        of the original, to its nearest pixel.
+        The image, and how to undo the fit. For "crop" of a scaled image `fit.crop` is the part of
+        the original that remains, to the nearest pixel.
 
     Raises:
-        ShapeError: not a colour picture, or one the model does not take.
-        SettingError: an unknown method.
+        ShapeError: image is not a colour image, or no legal reference.
+        SettingError: the method is unknown.
 
     Source: as `reference_size`.
     """
@@ -133,7 +133,7 @@ def fit_reference(image: Image, rule: ReferenceSize, method: FitMethod) -> tuple
         return fit_image(image, size, method, rule.multiple)
     offset = ((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2)
     (top, rows), (left, columns) = (
-        _seen(*axis) for axis in zip(original, scaled, offset, size, strict=True)
+        _cropped_axis(*axis) for axis in zip(original, scaled, offset, size, strict=True)
     )
     fitted = _resize(image, scaled)[
         :, offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]
@@ -143,27 +143,27 @@ def fit_reference(image: Image, rule: ReferenceSize, method: FitMethod) -> tuple
     )
 
 
-def _seen(original: int, scaled: int, offset: int, size: int) -> tuple[int, int]:
-    """Say which pixels of one axis are left, (first, count), when it is scaled and then cropped."""
+def _cropped_axis(original: int, scaled: int, offset: int, size: int) -> tuple[int, int]:
+    """Returns the pixels of one axis, (first, count), that remain after scaling and cropping."""
     first = round(offset * original / scaled)
     return first, round((offset + size) * original / scaled) - first
 
 
 def undo_fit(image: Image, fit: Fit) -> Image:
-    """Bring an edited picture back to the size and place of the original's pixels.
+    """Restores the original's size and position of an edited image.
 
-    Padding is cut away and the rest resized back. What a crop cut off is not in the picture, so
-    the result then has the size of the crop rectangle, `fit.crop`.
+    Padding is cut off and the rest resized back. What was cropped cannot come back, so the result
+    then has the size of the crop rectangle, `fit.crop`.
 
     Args:
         image: (B, *fit.canvas, 3).
-        fit: of the picture that was edited.
+        fit: of the image that was edited.
 
     Returns:
         (B, fit.crop height, fit.crop width, 3).
 
     Raises:
-        ShapeError: the picture has another size than the fitted one.
+        ShapeError: the image has another size than the fitted one.
     """
     check_image(image)
     height, width = image.shape[1], image.shape[2]
@@ -172,8 +172,8 @@ def undo_fit(image: Image, fit: Fit) -> Image:
             f"The picture is {width}x{height}, but the fit made one of "
             f"{fit.canvas[1]}x{fit.canvas[0]}.",
             "both the same size.",
-            "wire width and height of the same 'Fit Image (FLUX)' to 'Noise (FLUX)', or take the "
-            "fit wire off 'Unpack and Decode (FLUX)'.",
+            "wire width and height of the same [image fit] to [noise], or take the fit wire off "
+            "[image decoding].",
         )
     top, left = fit.offset
     rows, columns = fit.resized
@@ -187,19 +187,19 @@ def _apply(image: Image, fit: Fit) -> Image:
         return resized
     down = torch.arange(fit.canvas[0], device=image.device) - fit.offset[0]
     across = torch.arange(fit.canvas[1], device=image.device) - fit.offset[1]
-    row_of = down.clamp(0, fit.resized[0] - 1)  # outside: the nearest row of the picture
+    row_of = down.clamp(0, fit.resized[0] - 1)  # outside: the nearest row of the image
     column_of = across.clamp(0, fit.resized[1] - 1)
     return resized[:, row_of[:, None], column_of[None, :]]
 
 
 def _resize(image: Image, size: tuple[int, int]) -> Image:
-    """Resample every channel in float32 with Pillow's Lanczos filter, clamped to 0..1."""
+    """Resamples every channel in float32 with Pillow's Lanczos filter, clamped to 0..1."""
     if (image.shape[1], image.shape[2]) == size:
         return image
     result = torch.empty(image.shape[0], *size, 3, dtype=torch.float32)
-    for number, picture in enumerate(image):
+    for number, single in enumerate(image):
         for channel in range(3):
-            plane = PILImage.fromarray(picture[..., channel].float().cpu().contiguous().numpy())
+            plane = PILImage.fromarray(single[..., channel].float().cpu().contiguous().numpy())
             resized = plane.resize((size[1], size[0]), PILImage.Resampling.LANCZOS)
             result[number, ..., channel] = torch.as_tensor(np.array(resized))
     return result.clamp_(0.0, 1.0).to(image)  # Lanczos overshoots at hard edges
@@ -219,7 +219,7 @@ def _pad_geometry(original: tuple[int, int], size: tuple[int, int]) -> Fit:
 
 
 def centre_crop(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Take the same number of pixels off two opposite sides, until the aspect is the target's."""
+    """Returns the centred rectangle (top, left, rows, columns) that has the target's aspect."""
     height, width = original
     aspect, target = width / height, size[1] / size[0]
     top = left = 0
@@ -238,19 +238,19 @@ def _check_size(size: tuple[int, int], multiple: int) -> None:
         f"The size asked for is {width}x{height}.",
         f"multiples of {multiple} px: width {_legal(width, multiple)}, "
         f"height {_legal(height, multiple)}.",
-        "set width and height in 'Fit Image (FLUX)'.",
+        "set [fit width] and [fit height].",
     )
 
 
 def _legal(side: int, multiple: int) -> str:
-    """Name the legal sides below and above."""
+    """Returns the legal sides below and above, in words."""
     below, above = max(1, side // multiple) * multiple, _up(side, multiple)
     return f"{below}" if below == above else f"{below} or {above}"
 
 
 def _unknown(method: str) -> SettingError:
     return SettingError(
-        f"The method is {method!r}.", "pad, crop or stretch.", "choose one in 'Fit Image (FLUX)'."
+        f"The method is {method!r}.", "pad, crop or stretch.", "choose [fit method]."
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures as ComfyUI hands them over, and pixels as the autoencoder wants them."""
+"""ComfyUI's IMAGE to the autoencoder's pixels and back."""
 
 from torch import Tensor
 
@@ -13,10 +13,10 @@ _CHANNEL_FIX = {
 
 
 def check_image(image: Image) -> None:
-    """Accept a batch of colour pictures.
+    """Checks that an image is a batch of colour images.
 
     Raises:
-        ShapeError: it is not (B, H, W, 3) with at least one picture of one pixel.
+        ShapeError: it is not (B, H, W, 3), or empty.
         NonFiniteError: it holds NaN or infinity.
     """
     if image.ndim != 4 or 0 in image.shape:
@@ -37,7 +37,7 @@ def check_image(image: Image) -> None:
 
 
 def to_pixels(image: Image) -> Tensor:
-    """Turn a picture into the autoencoder's input.
+    """Converts an image to the autoencoder's input.
 
     Args:
         image: (B, H, W, 3) in 0..1.
@@ -46,7 +46,7 @@ def to_pixels(image: Image) -> Tensor:
         (B, 3, H, W) in -1..1, float32, same device.
 
     Raises:
-        ShapeError: not three channels.
+        ShapeError: it does not have three channels.
 
     Source: huggingface/diffusers@0.42.1 image_processor.py normalize.
     """
@@ -55,7 +55,7 @@ def to_pixels(image: Image) -> Tensor:
 
 
 def to_image(pixels: Tensor) -> Image:
-    """Turn the autoencoder's output into a picture.
+    """Converts the autoencoder's output to an image.
 
     Args:
         pixels: (B, 3, H, W) in about -1..1.
@@ -64,7 +64,7 @@ def to_image(pixels: Tensor) -> Image:
         (B, H, W, 3) clamped to 0..1, float32, same device.
 
     Raises:
-        ShapeError: not three channels.
+        ShapeError: it does not have three channels.
 
     Source: huggingface/diffusers@0.42.1 image_processor.py denormalize.
     """
@@ -72,7 +72,7 @@ def to_image(pixels: Tensor) -> Image:
         raise ShapeError(
             f"The pixels have shape {tuple(pixels.shape)}.",
             "(batch, 3, height, width).",
-            "hand over what the autoencoder decoded.",
+            "pass in what the autoencoder decoded.",
         )
     image = (pixels.float() * 0.5 + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1)
     check_image(image)

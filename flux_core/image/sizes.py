@@ -1,4 +1,4 @@
-"""Which sizes the models want pictures in."""
+"""The image sizes that the models were trained with or accept."""
 
 import math
 
@@ -24,17 +24,17 @@ PREFERRED_KONTEXT_SIZES = (
     (1504, 688),
     (1568, 672),
 )
-"""Width and height Kontext was trained at."""
+"""Widths and heights that FLUX.1 Kontext was trained with."""
 
 
 def preferred_size(width: int, height: int) -> tuple[int, int]:
-    """Pick the trained Kontext size whose width / height is nearest.
+    """Returns the trained size of Kontext whose aspect, width / height, is nearest.
 
     Args:
-        width, height: of the picture, in pixels.
+        width, height: of the image, in pixels.
 
     Returns:
-        (width, height); of two equally near the narrower one.
+        (width, height); the narrower of two equally near.
 
     Source: black-forest-labs/flux@802fb47 src/flux/sampling.py prepare_kontext.
     """
@@ -48,18 +48,18 @@ def preferred_size(width: int, height: int) -> tuple[int, int]:
 def reference_size(
     height: int, width: int, rule: ReferenceSize
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Say how large a picture becomes as a reference.
+    """Returns the size of an image as a reference.
 
     Args:
-        height, width: of the picture, in pixels.
-        rule: what the model takes.
+        height, width: of the image, in pixels.
+        rule: the model's rule for references.
 
     Returns:
-        (height, width) it is scaled to, its own when it is small enough; and (height, width) it is
-        then cropped to, multiples of rule.multiple.
+        The (height, width) it is scaled to, its own if it is small enough; and the (height, width)
+        it is then cropped to, multiples of rule.multiple.
 
     Raises:
-        ShapeError: the model takes no such picture.
+        ShapeError: the image is too small or too long.
 
     Source: black-forest-labs/flux2@ab7cca6 src/flux2/sampling.py; huggingface/diffusers@0.42.1
     pipelines/flux2/image_processor.py _resize_to_target_area.
@@ -73,5 +73,5 @@ def reference_size(
 
 
 def floor_size(height: int, width: int, multiple: int) -> tuple[int, int]:
-    """Give the next multiples at or below (height, width), at least one."""
+    """Returns height and width rounded down to multiples, at least one."""
     return max(1, height // multiple) * multiple, max(1, width // multiple) * multiple

@@ -15,39 +15,37 @@ MAX_SEED = 2**64 - 1
 def make_noise(
     spec: LatentSpec, height_px: int, width_px: int, seed: int, batch: int = 1
 ) -> Tokens:
-    """Draw the noise of a new picture and give it the places of a target.
+    """Draws noise and packs it into tokens with the position ids of a target.
 
-    The numbers are drawn as a latent on the CPU in float32, whatever will compute later, so
-    they are bit for bit ComfyUI's (a latent of the same shape) and diffusers' (a CPU generator).
+    It is drawn as a latent on the CPU in float32, whatever device will compute, so it equals
+    ComfyUI's (a latent of the same shape) and diffusers' (a CPU generator) bit for bit.
 
     Args:
         spec: the latent of the model that will sample.
-        height_px, width_px: size of the picture; multiples of spec.token_px.
+        height_px, width_px: size of the image; multiples of spec.token_px.
         seed: 0..2**64 - 1.
-        batch: pictures, at least 1. One draw fills the whole batch.
+        batch: batch size, at least 1. One draw fills the whole batch.
 
     Returns:
         Tokens of standard normal values (batch, N, spec.token_width), float32 on the CPU.
 
     Raises:
-        ShapeError: a side is no multiple of spec.token_px.
-        SettingError: seed or batch out of range.
+        ShapeError: a side is not a multiple of spec.token_px.
+        SettingError: seed or batch is out of range.
 
     Source: Comfy-Org/ComfyUI@14b05228 comfy/sample.py prepare_noise; huggingface/diffusers@0.42.1
         pipelines/flux/pipeline_flux_kontext.py prepare_latents.
     """
     if batch < 1:
-        raise SettingError(
-            f"batch_size is {batch}.", "at least 1.", "set batch_size in 'Noise (FLUX)'."
-        )
+        raise SettingError(f"batch_size is {batch}.", "at least 1.", "set [batch_size].")
     if not 0 <= seed <= MAX_SEED:
-        raise SettingError(f"The seed is {seed}.", "0 to 2**64 - 1.", "set seed in 'Noise (FLUX)'.")
+        raise SettingError(f"The seed is {seed}.", "0 to 2**64 - 1.", "set [seed].")
     if height_px < 1 or width_px < 1 or height_px % spec.token_px or width_px % spec.token_px:
         raise ShapeError(
             f"The size is {width_px}x{height_px}.",
             f"multiples of {spec.token_px} px for {spec.name}, such as "
             f"{_nearest(width_px, spec.token_px)}x{_nearest(height_px, spec.token_px)}.",
-            "set width and height in 'Noise (FLUX)', or wire those of 'Fit Image (FLUX)' to it.",
+            "set [width] and [height], or wire those of [image fit] to them.",
         )
     shape = (batch, spec.channels, height_px // spec.downscale, width_px // spec.downscale)
     generator = torch.Generator(device="cpu").manual_seed(seed)

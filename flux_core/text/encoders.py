@@ -18,32 +18,32 @@ from .modules import ClipSpec, LanguageModelShape, T5Spec, hidden_states
 from .tokenizers import ChatTokenizer, EncodedPrompt, PromptTokenizer
 
 MAX_TOKENS = 512  # what the models were trained with; diffusers refuses more
-LOADER = "'Load Text Encoders (FLUX)'"
+LOADER = "[text encoder loader]"
 
 
-def nothing() -> None:
-    """Stand in for a host that has nothing to prepare."""
+def do_nothing() -> None:
+    """Is `ready` of encoders whose host has nothing to prepare."""
 
 
 class PromptEncoder(Protocol):
     """The text encoders of one model.
 
-    A host sets `ready`, called before the modules are used (it moves them to their device), and
-    `device`, where they compute; left at None, that is where the weights lie.
+    A host may set `ready`, which is called before the modules are used (to move them to their
+    device), and `device`, where they compute; None means the device of the weights.
     """
 
     modules: tuple[nn.Module, ...]
-    report: str  # what was loaded, for people
+    report: str  # what was loaded, in words
     ready: Callable[[], None]
     device: torch.device | None
 
     @property
     def text(self) -> TextSpec:
-        """What the model's text is."""
+        """The model's text spec: encoders, widths and length."""
         ...
 
     def encode(self, prompt: str, prompt_2: str = "", *, tokens: int | None = None) -> TextFeatures:
-        """Encode one prompt; what does not fit is cut, and named in the counts."""
+        """Encodes one prompt. What does not fit is cut, and reported in the counts."""
         ...
 
 
@@ -59,11 +59,11 @@ class TextEncoders:
     """CLIP and T5 with their tokenizers: FLUX.1's PromptEncoder.
 
     Args:
-        text: how many tokens each encoder gives.
-        clip, t5: modules of `build_clip` and `build_t5`, loaded.
+        text: the length of each encoder's sequence.
+        clip, t5: modules from `build_clip` and `build_t5`, with their weights loaded.
         clip_spec, t5_spec: their shapes.
         clip_tokenizer, t5_tokenizer: their tokenizers.
-        report: what was loaded, for people.
+        report: what was loaded, in words.
     """
 
     def __init__(
@@ -83,31 +83,31 @@ class TextEncoders:
         self.clip_spec, self.t5_spec = clip_spec, t5_spec
         self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
         self.report = report
-        self.ready: Callable[[], None] = nothing
+        self.ready: Callable[[], None] = do_nothing
         self.device: torch.device | None = None
 
     @property
     def clip_tokens(self) -> int:
-        """Tokens CLIP takes: never more than it has positions for."""
+        """CLIP's sequence length, at most the number of its positions."""
         return min(self.text.clip_tokens, self.clip_spec.positions)
 
     def encode(self, prompt: str, prompt_2: str = "", *, tokens: int | None = None) -> TextFeatures:
-        """Encode one prompt; what does not fit is cut, and named in the counts.
+        """Encodes one prompt. What does not fit is cut, and reported in the counts.
 
         Args:
-            prompt: read by CLIP, and by T5 too when prompt_2 is empty.
-            prompt_2: read by T5.
-            tokens: T5's length, 1..512; None for the encoders' own.
+            prompt: encoded by CLIP, and by T5 too when prompt_2 is empty.
+            prompt_2: encoded by T5.
+            tokens: T5's sequence length, 1..512; None for the model's default.
 
         Returns:
-            txt (1, T, E): all T positions, padding included, as the model was trained; pooled
-            (1, P): the last layer at the first end mark, not projected. Each in its encoder's
-            dtype, on the device where it computed.
+            txt (1, T, E): all T positions, padding included, as in training; pooled (1, P): the
+            last hidden state at the first end token, without the projection. Each in its
+            encoder's dtype, on its device.
 
         Raises:
             SettingError: tokens is out of range.
             CheckpointError: a tokenizer belongs to another encoder.
-            NonFiniteError: an encoder's values overflowed.
+            NonFiniteError: an encoder overflowed.
         """
         length = _length(tokens, self.text)
         for_clip = self.clip_tokenizer.encode(prompt, self.clip_tokens)
@@ -127,31 +127,31 @@ class TextEncoders:
         )
 
     def _pool(self, ids: Tensor) -> Tensor:
-        """Run CLIP on ids (1, L) and take the first end mark: (1, P)."""
+        """Runs CLIP on ids (1, L); returns the state at the first end token: (1, P)."""
         clip = self.modules[0]
         ids = ids.to(_device_of(self))
-        # Given, because a host that loads in part leaves the module's own buffer behind.
+        # Passed in, because a host that loads in part does not move the module's own buffer.
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         hidden = cast(_Encoder, clip)(input_ids=ids, position_ids=positions).last_hidden_state
         end = int((ids[0] == self.clip_tokenizer.end_id).int().argmax())
         return hidden[:, end]  # (1, L, P) -> (1, P)
 
     def _read(self, ids: Tensor) -> Tensor:
-        """Run T5 on ids (1, T) with no mask: padding is attended to, as in training."""
+        """Runs T5 on ids (1, T) without a mask: padding is attended to, as in training."""
         t5 = self.modules[1]
         ids = ids.to(_device_of(self))
         return cast(_Encoder, t5)(input_ids=ids, attention_mask=None).last_hidden_state
 
 
 class LanguageModelEncoder:
-    """A language model read between its layers: FLUX.2's PromptEncoder.
+    """A language model whose intermediate hidden states are used: FLUX.2's PromptEncoder.
 
     Args:
-        text: template, length, and the layers that are read.
-        module: of `build_language_model`, loaded.
+        text: chat template, length, and the layers whose states are used.
+        module: from `build_language_model`, with its weights loaded.
         shape: its shape.
         tokenizer: its tokenizer.
-        report: what was loaded, for people.
+        report: what was loaded, in words.
     """
 
     def __init__(
@@ -167,42 +167,42 @@ class LanguageModelEncoder:
         self.modules: tuple[nn.Module, ...] = (module,)
         self.shape, self.tokenizer = shape, tokenizer
         self.report = report
-        self.ready: Callable[[], None] = nothing
+        self.ready: Callable[[], None] = do_nothing
         self.device: torch.device | None = None
 
     def encode(self, prompt: str, prompt_2: str = "", *, tokens: int | None = None) -> TextFeatures:
-        """Encode one prompt; what does not fit is cut, and named in the counts.
+        """Encodes one prompt. What does not fit is cut, and reported in the counts.
 
         Args:
-            prompt: what is read.
-            prompt_2: not read; the notes say so when it says something else.
-            tokens: length, 1..512, the chat template's included; None for the model's own.
+            prompt: what to encode.
+            prompt_2: ignored; a note says so when it differs from prompt.
+            tokens: sequence length, 1..512, chat template included; None for the model's default.
 
         Returns:
-            txt (1, T, E): the states behind the layers of `text.layers` side by side, at all T
-            positions, padding included, in the weights' dtype, on the device where they were
-            computed; nothing is pooled.
+            txt (1, T, E): the hidden states after each layer of `text.layers`, concatenated, at
+            all T positions, padding included, in the weights' dtype, on their device; pooled is
+            None.
 
         Raises:
             SettingError: tokens is out of range.
             CheckpointError: the tokenizer belongs to another encoder.
-            NonFiniteError: the values overflowed.
+            NonFiniteError: the model overflowed.
         """
         length = _length(tokens, self.text)
-        read = self.tokenizer.encode(prompt, self.text, length)
-        _check_vocabulary(read, self.shape.vocabulary, self.text.title)
-        notes = list(read.notes)
+        encoded = self.tokenizer.encode(prompt, self.text, length)
+        _check_vocabulary(encoded, self.shape.vocabulary, self.text.title)
+        notes = list(encoded.notes)
         if prompt_2 not in ("", prompt):
             notes.append(f"prompt_2 was not read: {self.text.title} takes one prompt.")
         self.ready()
         device = _device_of(self)
-        ids, mask = read.ids.to(device), read.mask.to(device)
+        ids, mask = encoded.ids.to(device), encoded.mask.to(device)
         txt = hidden_states(self.modules[0], ids, mask, self.text.layers)
         _check_finite(txt, self.text.title)
         return TextFeatures(
             txt=txt,
             pooled=None,
-            counts=(read.count,),
+            counts=(encoded.count,),
             notes=tuple(notes),
             source=self.text.title,
         )
@@ -213,26 +213,26 @@ def _device_of(encoder: PromptEncoder) -> torch.device:
 
 
 def _length(tokens: int | None, text: TextSpec) -> int:
-    """Give the length of the sequence: what was asked for, or the model's own."""
+    """Returns the sequence length: the one asked for, or the model's default."""
     length = text.tokens if tokens is None else tokens
     if not 1 <= length <= MAX_TOKENS:
         raise SettingError(
-            f"t5_tokens is {length}.",
+            f"The text length is {length} tokens.",
             f"1 to {MAX_TOKENS} tokens.",
-            "change t5_tokens of 'Encode Text (FLUX)'; 0 there means the model's own length.",
+            "change [text tokens]; 0 there means the model's default.",
         )
     return length
 
 
 def _check_vocabulary(prompt: EncodedPrompt, rows: int, title: str) -> None:
-    """See that the encoder has a row for every id, before a kernel fails on it."""
+    """Raises if an id has no embedding: on a GPU the kernel would fail without a reason."""
     largest = int(prompt.ids.max())
     if largest >= rows:
         raise CheckpointError(
             f"The tokenizer of {prompt.count.encoder} gave id {largest}; its encoder has "
             f"{rows} rows.",
             "a tokenizer and an encoder of the same model.",
-            f"choose the files of {title} in {LOADER}.",
+            f"choose the files of {title} with {LOADER}.",
         )
 
 
@@ -241,5 +241,5 @@ def _check_finite(features: Tensor, encoder: str) -> None:
         raise NonFiniteError(
             f"{encoder} gave NaN or infinity in {str(features.dtype).removeprefix('torch.')}.",
             "finite text features.",
-            f"set dtype to bfloat16 or float32 in {LOADER}, or download the file again.",
+            "set [text encoder dtype] to bfloat16 or float32, or download the file again.",
         )

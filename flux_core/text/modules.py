@@ -1,7 +1,7 @@
-"""The networks that read prompts: their shapes, and empty modules to load weights into.
+"""The text encoders' networks: their shapes, and empty modules to load weights into.
 
-They are transformers' own; only their leaf layers are exchanged for the host's, and a language
-model ends after the last layer whose state is read.
+The modules are transformers' own. Only their leaf layers are replaced by the host's, and a language
+model ends after the last layer whose state is used.
 
 Source: huggingface/transformers models/clip/modeling_clip.py CLIPTextModel, models/t5/
 modeling_t5.py T5Stack, models/qwen3/modeling_qwen3.py Qwen3Model, models/mistral/
@@ -33,11 +33,11 @@ class ClipSpec:
 
     @property
     def heads(self) -> int:
-        """Attention heads; a checkpoint does not show them. CLIP-L has 12 of 64."""
+        """Attention heads, which no tensor's shape shows. CLIP-L has 12 of width 64."""
         return max(1, self.width // 64)
 
     def shapes(self) -> Shapes:
-        """Name every tensor, without the `text_model.` prefix, with its shape."""
+        """Returns the shape of every tensor by name, without the `text_model.` prefix."""
         width, ffn = self.width, self.ffn
         shapes: Shapes = {
             "embeddings.token_embedding.weight": (self.vocabulary, width),
@@ -70,7 +70,7 @@ class T5Spec:
     buckets: int = 32  # of the relative position bias
 
     def shapes(self) -> Shapes:
-        """Name every tensor, without the `encoder.` prefix, with its shape."""
+        """Returns the shape of every tensor by name, without the `encoder.` prefix."""
         width, inner = self.width, self.heads * self.head_dim
         shapes: Shapes = {"embed_tokens.weight": (self.vocabulary, width)}
         for layer in range(self.layers):
@@ -92,7 +92,7 @@ class T5Spec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageModelShape:
-    """Shape of a language model's first layers, up to the last one whose state is read."""
+    """Shape of a language model's first layers, up to the last one whose state is used."""
 
     architecture: Literal["qwen3", "mistral3"]
     hidden: int
@@ -106,7 +106,7 @@ class LanguageModelShape:
     norm_eps: float
 
     def shapes(self) -> Shapes:
-        """Name every tensor, without the `model.` prefix, with its shape."""
+        """Returns the shape of every tensor by name, without the `model.` prefix."""
         hidden, ffn = self.hidden, self.ffn
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: Shapes = {"embed_tokens.weight": (self.vocabulary, hidden)}
@@ -132,9 +132,9 @@ T5_XXL = T5Spec(width=4096, layers=24, ffn=10240, vocabulary=32128, heads=64, he
 
 
 def build_clip(spec: ClipSpec, *, dtype: torch.dtype, operations: Operations) -> nn.Module:
-    """Build CLIP's text tower without memory: load weights with `assign=True`.
+    """Builds CLIP's text tower on the meta device: load its weights with `assign=True`.
 
-    Its keys are those of spec.shapes(), behind `text_model.` with transformers 4.
+    Its keys are those of spec.shapes(), with the prefix `text_model.` in transformers 4.
     """
     from transformers import CLIPTextConfig, CLIPTextModel  # late: takes seconds to import
 
@@ -150,7 +150,7 @@ def build_clip(spec: ClipSpec, *, dtype: torch.dtype, operations: Operations) ->
     )
     with torch.device("meta"):
         module = CLIPTextModel(config)
-    # Not in any file, so no loading makes it real.
+    # This buffer is in no file, so loading would leave it on the meta device.
     for part in module.modules():
         if "position_ids" in dict(part.named_buffers(recurse=False)):
             positions = torch.arange(spec.positions)[None]
@@ -159,9 +159,9 @@ def build_clip(spec: ClipSpec, *, dtype: torch.dtype, operations: Operations) ->
 
 
 def build_t5(spec: T5Spec, *, dtype: torch.dtype, operations: Operations) -> nn.Module:
-    """Build T5's encoder without memory: load weights with `assign=True`.
+    """Builds T5's encoder on the meta device: load its weights with `assign=True`.
 
-    This is the stack inside T5EncoderModel, whose one embedding table is not listed twice.
+    This is the stack inside T5EncoderModel, which would list its one embedding table twice.
     Its keys are those of spec.shapes().
     """
     from transformers import T5Config, T5EncoderModel  # late: takes seconds to import
@@ -191,15 +191,15 @@ def build_language_model(
     device: torch.device | None = None,
     operations: Operations | None = None,
 ) -> nn.Module:
-    """Build a language model without memory: load weights with `assign=True`.
+    """Builds a language model on the meta device: load its weights with `assign=True`.
 
-    Its keys are those of shape.shapes(): there is no final norm and no vocabulary head.
+    Its keys are those of shape.shapes(): it has no final norm and no language model head.
 
     Args:
         shape: what to build.
         dtype: of the weights.
-        device: where the weights are, with undefined values; None: nowhere (`meta`).
-        operations: the layers to build from; None means torch.nn.
+        device: where to allocate the weights, uninitialised; None leaves them on `meta`.
+        operations: the layer classes to build from; None means torch.nn.
 
     Raises:
         SettingError: the installed transformers does not know the architecture.
@@ -207,46 +207,46 @@ def build_language_model(
     config, build = _language_model_class(shape)
     with torch.device("meta"):
         module = build(config)
-    module.norm = nn.Identity()  # it follows the layers, and nothing is read behind it
+    module.norm = nn.Identity()  # it follows the last layer, and no state after it is used
     _finish(module, dtype, operations or torch_operations())
     if device is not None:
         module.to_empty(device=device)
-    # Its frequencies are in no file, so no loading makes them real.
+    # Its frequencies are in no file, so loading would leave them uninitialised.
     module.rotary_emb = cast(Callable[..., nn.Module], type(module.rotary_emb))(config=config)
     return module
 
 
 def hidden_states(module: nn.Module, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:
-    """Run a language model and read the stream behind some of its layers.
+    """Runs a language model and returns the hidden states after some of its layers.
 
     Args:
-        module: of `build_language_model`, loaded.
+        module: from `build_language_model`, with its weights loaded.
         ids: (B, L) int64.
-        mask: (B, L) int64, 0 where nothing is to look.
-        layers: states after so many layers, each 1 to the module's number of layers.
+        mask: (B, L) int64, 0 for padding, which no position attends to.
+        layers: numbers of layers, counted from 1.
 
     Returns:
-        (B, L, len(layers) * hidden), the states side by side in the order of layers.
+        (B, L, len(layers) * hidden), the states concatenated in the order of layers.
 
     Source: huggingface/diffusers@0.42.1 pipelines/flux2/pipeline_flux2_klein.py
     Flux2KleinPipeline._get_qwen3_prompt_embeds.
     """
     run = cast(_LanguageModel, module)
-    shown = mask if bool(mask.all()) else _shown(mask)
+    attended = mask if bool(mask.all()) else _causal_mask(mask)
     states = run(
-        input_ids=ids, attention_mask=shown, output_hidden_states=True, use_cache=False
+        input_ids=ids, attention_mask=attended, output_hidden_states=True, use_cache=False
     ).hidden_states
     return torch.cat([states[layer] for layer in layers], dim=-1)  # index 0: the embeddings
 
 
-def _shown(mask: Tensor) -> Tensor:
-    """Say what each place sees: (B, L) to (B, 1, L, L), those before it that are no padding.
+def _causal_mask(mask: Tensor) -> Tensor:
+    """Returns the causal mask without padding, (B, L) to (B, 1, L, L) bool, True to attend.
 
-    transformers makes the same, except that 4.51 lets padding on the left, which is to see
-    nothing, see everything.
+    transformers makes the same one, except that 4.51 lets padding on the left, which should
+    attend to nothing, attend to everything.
     """
-    before = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
-    return before & mask.bool()[:, None, None, :]
+    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
+    return causal & mask.bool()[:, None, None, :]
 
 
 class _States(Protocol):
@@ -265,7 +265,7 @@ class _LanguageModel(Protocol):
 
 
 def _language_model_class(shape: LanguageModelShape) -> tuple[object, Callable[..., nn.Module]]:
-    """Give transformers' configuration of the shape, and the class to build from it."""
+    """Returns transformers' configuration of the shape, and the class to build from it."""
     import transformers  # late: takes seconds to import
 
     names = {"qwen3": "Qwen3", "mistral3": "Mistral"}
@@ -290,7 +290,7 @@ def _language_model_class(shape: LanguageModelShape) -> tuple[object, Callable[.
         rope_theta=shape.theta,
         sliding_window=None,
         use_cache=False,
-        attn_implementation="sdpa",  # the one that takes a mask for each place
+        attn_implementation="sdpa",  # the one that takes a mask of (B, 1, L, L)
     )
     return config, build
 
@@ -301,7 +301,7 @@ def _finish(module: nn.Module, dtype: torch.dtype, operations: Operations) -> nn
 
 
 def exchange_leaves(module: nn.Module, dtype: torch.dtype, operations: Operations) -> None:
-    """Replace every linear layer, embedding and layer norm by the host's, empty on `meta`."""
+    """Replaces every linear layer, embedding and layer norm by the host's, empty on `meta`."""
     for name, child in list(module.named_children()):
         new = _host_leaf(child, dtype, operations)
         if new is None:
@@ -311,7 +311,7 @@ def exchange_leaves(module: nn.Module, dtype: torch.dtype, operations: Operation
 
 
 def _host_leaf(leaf: nn.Module, dtype: torch.dtype, operations: Operations) -> nn.Module | None:
-    """Make the host's layer of the same shape; None where the layer is no known leaf."""
+    """Returns the host's layer of the same shape; None if the layer is not a known leaf."""
     make: Callable[..., nn.Module]
     if isinstance(leaf, nn.Linear):
         make, shape = operations.Linear, (leaf.in_features, leaf.out_features)

@@ -1,11 +1,11 @@
-"""Mistral's tekken vocabulary → a tokenizer; ComfyUI's and GGUF files carry it.
+"""Mistral's tekken vocabulary, as ComfyUI's and GGUF files hold it, to a tokenizer.
 
 Source: huggingface/transformers integrations/mistral/tokenizer.py MistralConverter for the
 vocabulary and its merges.
 
-Deviation: words are split as the published pipelines of FLUX.2 [dev] split them, by the rule of
-Mistral Small 3.1's tokenizer.json, and not by the one tekken names: the two differ where capitals
-follow small letters.
+Deviation: words are split by the pattern of Mistral Small 3.1's tokenizer.json, which the published
+pipelines of FLUX.2 [dev] use, not by the one in tekken: the two differ where capitals follow small
+letters.
 """
 
 import base64
@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MOST_BYTES = 64 << 20  # of the file; Mistral Small's has 15 MB
+MOST_BYTES = 64 << 20  # of the file; Mistral Small's is 15 MB
 _MOST_TOKENS = 1 << 18
 # The sum of all tokens' squared lengths, which is what finding their merges costs in bytes: one
 # token of 16 KB, or all of Mistral Small's 131,072 at 45 bytes, where they have 7 on average.
@@ -29,12 +29,12 @@ _SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _Table = Mapping[str, object]
-_WORD, _UNUSED = 1, 5  # kinds of tokens, as GGUF counts them
+_NORMAL, _UNUSED = 1, 5  # GGUF's token types
 
 
 @dataclass(frozen=True, slots=True)
 class SpelledVocabulary:
-    """The same vocabulary as GGUF files have it, by id.
+    """The same vocabulary as GGUF files hold it, in order of the ids.
 
     Source: ggml-org/llama.cpp gguf-py constants.py TokenType.
     """
@@ -44,10 +44,10 @@ class SpelledVocabulary:
 
 
 def read_tekken(source: bytes | SpelledVocabulary) -> "Tokenizer":
-    """Make a tokenizer from the text of a tekken.json, or from what a GGUF file has of it.
+    """Returns a tokenizer of a tekken.json's bytes, or of a GGUF file's vocabulary.
 
     Raises:
-        CheckpointError: it is something else, or larger than any vocabulary.
+        CheckpointError: it is no such vocabulary, or larger than any.
     """
     try:
         special, tokens = _parse(source) if isinstance(source, bytes) else _spelled(source)
@@ -58,7 +58,7 @@ def read_tekken(source: bytes | SpelledVocabulary) -> "Tokenizer":
 
 
 def _parse(data: bytes) -> tuple[list[str], dict[bytes, int]]:
-    """Give the special tokens in order of their ids, and the others with their ids."""
+    """Returns the special tokens in order of their ids, and the ids of all others."""
     if len(data) > MOST_BYTES:
         raise ValueError(f"it has {len(data):,} bytes, where {MOST_BYTES:,} are the most")
     root = cast(_Table, json.loads(data))
@@ -81,15 +81,15 @@ def _parse(data: bytes) -> tuple[list[str], dict[bytes, int]]:
 
 
 def _spelled(source: SpelledVocabulary) -> tuple[list[str], dict[bytes, int]]:
-    """Give the same of a GGUF's lists; special tokens come first, and unused ones are none."""
+    """Returns the same from GGUF's lists; special tokens come first, unused ones are skipped."""
     words, kinds = source.words, source.kinds
     if len(words) != len(kinds) or len(words) > _MOST_TOKENS:
         raise ValueError(f"it lists {len(words):,} tokens and {len(kinds):,} kinds of them")
-    reserved = next((place for place, kind in enumerate(kinds) if kind == _WORD), len(kinds))
+    reserved = next((index for index, kind in enumerate(kinds) if kind == _NORMAL), len(kinds))
     bytes_of = {letter: byte for byte, letter in enumerate(_letters())}
     tokens: dict[bytes, int] = {}
     for number in range(reserved, len(words)):
-        if kinds[number] == _WORD:
+        if kinds[number] == _NORMAL:
             token = bytes(bytes_of[letter] for letter in words[number])
             if token in tokens:
                 raise ValueError("two of its tokens are the same")
@@ -100,7 +100,7 @@ def _spelled(source: SpelledVocabulary) -> tuple[list[str], dict[bytes, int]]:
 
 
 def _check(special: Sequence[str], tokens: Mapping[bytes, int]) -> None:
-    """Refuse what would name two tokens alike, take for ever, or not know some letter."""
+    """Raises if two tokens are the same, merges would take forever, or a byte has no token."""
     if len(set(special)) != len(special):
         raise ValueError("two of its special tokens are the same")
     squared = sum(len(token) ** 2 for token in tokens)
@@ -111,7 +111,7 @@ def _check(special: Sequence[str], tokens: Mapping[bytes, int]) -> None:
 
 
 def _build(special: Sequence[str], tokens: Mapping[bytes, int]) -> "Tokenizer":
-    """Assemble the byte-level BPE; a word that is a token is taken whole."""
+    """Assembles the byte-level BPE; a word that is itself a token is not merged."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
@@ -133,11 +133,11 @@ def _build(special: Sequence[str], tokens: Mapping[bytes, int]) -> "Tokenizer":
 
 
 def _merges(tokens: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """List every pair of tokens that makes a third, in the order they are tried."""
+    """Returns every pair of tokens that makes a third, in the order of their priority."""
     merges: list[tuple[int, int, int, bytes, bytes]] = []
     for token, number in tokens.items():
-        for place in range(1, len(token)):
-            left, right = token[:place], token[place:]
+        for middle in range(1, len(token)):
+            left, right = token[:middle], token[middle:]
             if left in tokens and right in tokens:
                 merges.append((number, tokens[left], tokens[right], left, right))
     merges.sort()
@@ -145,9 +145,9 @@ def _merges(tokens: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _letters() -> list[str]:
-    """Give the letter that stands for each byte, as in every byte-level BPE.
+    """Returns the character that stands for each byte, as in every byte-level BPE.
 
-    Printable bytes stand for themselves; the others follow behind the last byte, in order.
+    Printable bytes stand for themselves; the others get the code points after 0xFF, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -155,18 +155,15 @@ def _letters() -> list[str]:
 
 
 def _text(entry: _Table) -> str:
-    said = entry.get("token_str")
-    given = (
-        said.encode()
-        if isinstance(said, str)
-        else base64.b64decode(cast(str, entry["token_bytes"]))
-    )
-    return given.decode()
+    text = entry.get("token_str")
+    if isinstance(text, str):
+        return text.encode().decode()  # raises for half a character
+    return base64.b64decode(cast(str, entry["token_bytes"])).decode()
 
 
 def _number(value: object) -> int:
     if not isinstance(value, int) or value < 0:
-        raise ValueError("one of its numbers is none")
+        raise ValueError("one of its numbers is not a number, or negative")
     return value
 
 
@@ -174,5 +171,5 @@ def _broken(reason: str) -> CheckpointError:
     return CheckpointError(
         f"The tokenizer of Mistral could not be read ({reason[:200]}).",
         "the tekken vocabulary of Mistral Small 3, as in ComfyUI's mistral_3_small_flux2 files.",
-        "choose or download the file again in 'Load Text Encoders (FLUX)'.",
+        "choose or download the file again with [text encoder loader].",
     )

@@ -1,4 +1,4 @@
-"""Prompt → token ids, and what of the prompt did not fit.
+"""Prompt to token ids, and the part of the prompt that did not fit.
 
 Source: huggingface/diffusers@0.42.1 pipelines/flux/pipeline_flux.py `_get_clip_prompt_embeds`,
 `_get_t5_prompt_embeds`, pipelines/flux2/pipeline_flux2_klein.py `_get_qwen3_prompt_embeds`,
@@ -27,13 +27,13 @@ _CLIP_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _T5_FILES = (("tokenizer.json",), ("spiece.model",))
 _QWEN_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _MISTRAL_FILES = (("tokenizer.json",), ("tekken.json",))
-_REINSTALL = "install the pack (or ComfyUI, which brings the tokenizers) again."
+_REINSTALL = "install the pack (or ComfyUI, which holds the tokenizers) again."
 _ALONGSIDE = (
-    "choose ComfyUI's mistral_3_small_flux2 file, which carries its tokenizer, or put the "
-    "tokenizer files into the folder of the encoder, in 'Load Text Encoders (FLUX)'."
+    "choose ComfyUI's mistral_3_small_flux2 file, which holds its tokenizer, with "
+    "[text encoder loader], or put the tokenizer files into the folder of the encoder."
 )
-_MARK = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # <|im_start|>, </think>, <s>, [INST]
-_SPECIAL_MARKS = {CLIP_NAME: 2, T5_NAME: 1}  # begin and end; end
+_SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # <|im_start|>, </think>, <s>, [INST]
+_SPECIAL_TOKENS = {CLIP_NAME: 2, T5_NAME: 1}  # begin and end; end
 
 
 class _Batch(Protocol):
@@ -42,7 +42,7 @@ class _Batch(Protocol):
 
 
 class _Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """The part of a transformers tokenizer that is used here."""
 
     is_fast: bool
     eos_token_id: int
@@ -59,7 +59,7 @@ class _Encoding(Protocol):
 
 
 class _Backend(Protocol):
-    """What is used of a tokenizer of the tokenizers library."""
+    """The part of a tokenizers.Tokenizer that is used here."""
 
     def encode(self, sequence: str, *, add_special_tokens: bool) -> _Encoding: ...
     def get_added_tokens_decoder(self) -> Mapping[int, object]: ...
@@ -69,12 +69,12 @@ class _Backend(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedPrompt:
-    """A prompt as one encoder reads it."""
+    """A prompt as one encoder's input."""
 
     ids: Tensor  # (1, length) int64, padded
     mask: Tensor  # (1, length) int64: 1 for the prompt, 0 for padding
     count: TokenCount
-    notes: tuple[str, ...] = ()  # what was done to the prompt that one may not expect
+    notes: tuple[str, ...] = ()  # changes to the prompt that one may not expect
 
 
 class PromptTokenizer:
@@ -82,8 +82,8 @@ class PromptTokenizer:
 
     Args:
         name: the encoder's name in counts and errors, CLIP_NAME or T5_NAME.
-        tokenizer: the one whose ids the encoder was trained on.
-        spans: one that also knows which characters each token stands for.
+        tokenizer: the one the encoder was trained with.
+        spans: the same, or one that also returns the characters of each token.
     """
 
     def __init__(self, name: str, tokenizer: _Tokenizer, spans: _Tokenizer) -> None:
@@ -93,44 +93,44 @@ class PromptTokenizer:
         self._spans = spans
 
     def encode(self, prompt: str, length: int) -> EncodedPrompt:
-        """Tokenise, cut to the length, pad to it.
+        """Tokenises a prompt, truncated and padded to the length.
 
         Args:
             prompt: any text, also empty.
-            length: tokens, begin and end marks included; at least those marks.
+            length: tokens, begin and end token included; at least those.
 
         Raises:
-            SettingError: the prompt holds characters that no encoding of text knows.
+            SettingError: the prompt is not valid Unicode.
         """
         _check_encodable(prompt, self.name)
         padded = self._tokenizer(prompt, padding="max_length", max_length=length, truncation=True)
-        words = self._tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-        room = length - _SPECIAL_MARKS[self.name]
-        used = min(len(words), room) + _SPECIAL_MARKS[self.name]
-        cut = self._cut(prompt, words, room) if len(words) > room else ""
+        ids = self._tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        room = length - _SPECIAL_TOKENS[self.name]
+        used = min(len(ids), room) + _SPECIAL_TOKENS[self.name]
+        cut = self._cut(prompt, ids, room) if len(ids) > room else ""
         return EncodedPrompt(
             ids=torch.tensor([padded.input_ids], dtype=torch.int64),
             mask=(torch.arange(length) < used).long()[None],
             count=TokenCount(encoder=self.name, used=used, limit=length, cut=cut),
         )
 
-    def _cut(self, prompt: str, words: Sequence[int], room: int) -> str:
-        """Give the end of the prompt from the first token that did not fit."""
+    def _cut(self, prompt: str, ids: Sequence[int], room: int) -> str:
+        """Returns the end of the prompt, from the first token that did not fit."""
         if self._spans.is_fast:
             found = self._spans(
                 prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
-            if found.input_ids == words:
+            if found.input_ids == ids:
                 return prompt[found.offset_mapping[room][0] :]
-        return self._tokenizer.decode(words[room:])
+        return self._tokenizer.decode(ids[room:])
 
 
 class ChatTokenizer:
-    """The tokenizer of a language model, which reads the prompt as one turn of a chat.
+    """The tokenizer of a language model, which takes the prompt as one turn of a chat.
 
     Args:
         name: where it comes from, for errors.
-        backend: knows the marks of the chat template as tokens.
+        backend: has the special tokens of the chat template.
     """
 
     def __init__(self, name: str, backend: _Backend) -> None:
@@ -139,52 +139,55 @@ class ChatTokenizer:
         backend.no_padding()
         backend.no_truncation()
         added = backend.get_added_tokens_decoder()
-        self._marks = {str(getattr(token, "content", token)): id_ for id_, token in added.items()}
+        self._special_ids = {
+            str(getattr(token, "content", token)): id_ for id_, token in added.items()
+        }
 
     def encode(
         self, prompt: str, spec: LanguageModelSpec, length: int | None = None
     ) -> EncodedPrompt:
-        """Set the prompt into the chat template, cut what is too long at its end, and pad.
+        """Tokenises a prompt in its chat template, truncated at the end and padded.
 
         Args:
-            prompt: any text, also empty; marks of the template in it count as marks.
+            prompt: any text, also empty; special tokens of the template in it stay special.
             spec: template, side of the padding and default length.
-            length: tokens, the template's included; at least 1.
+            length: tokens, the template's included; at least 1. None for the default.
 
         Raises:
-            SettingError: the prompt holds characters that no encoding of text knows.
-            CheckpointError: the tokenizer does not know a mark of the template.
+            SettingError: the prompt is not valid Unicode.
+            CheckpointError: the tokenizer does not have a special token of the template.
         """
         _check_encodable(prompt, spec.title)
-        self._check_marks(spec)
+        self._check_special_tokens(spec)
         length = spec.tokens if length is None else length
         notes: list[str] = []
-        words = prompt
-        for mark in spec.removed:
-            words = words.replace(mark, "")
-            if mark in prompt:
-                notes.append(f"{mark} was taken out of the prompt: it stands for a picture.")
-        text = f"{spec.before}{words}{spec.behind}"
+        plain = prompt
+        for token in spec.removed:
+            plain = plain.replace(token, "")
+            if token in prompt:
+                notes.append(f"{token} was taken out of the prompt: it stands for a picture.")
+        text = f"{spec.before}{plain}{spec.behind}"
         found = self._backend.encode(text, add_special_tokens=False)
         ids, cut = list(found.ids[:length]), ""
         if len(found.ids) > length:
-            end = len(spec.before) + len(words)
+            end = len(spec.before) + len(plain)
             cut = text[max(found.offsets[length][0], len(spec.before)) : end]
             notes.append(f"Text and chat template take {len(found.ids)} tokens; {length} are read.")
-        used, padding = len(ids), [self._marks[spec.pad_token]] * (length - len(ids))
-        shown, hidden = [1] * used, [0] * len(padding)
+        used, padding = len(ids), [self._special_ids[spec.pad_token]] * (length - len(ids))
+        ones, zeros = [1] * used, [0] * len(padding)
         on_left = spec.padding == "left"
         return EncodedPrompt(
             ids=torch.tensor([padding + ids if on_left else ids + padding], dtype=torch.int64),
-            mask=torch.tensor([hidden + shown if on_left else shown + hidden], dtype=torch.int64),
+            mask=torch.tensor([zeros + ones if on_left else ones + zeros], dtype=torch.int64),
             count=TokenCount(encoder=spec.title, used=used, limit=length, cut=cut),
             notes=tuple(notes),
         )
 
-    def _check_marks(self, spec: LanguageModelSpec) -> None:
-        """See that every mark of the template is one token, and not spelled out."""
-        needed = dict.fromkeys([spec.pad_token, *_MARK.findall(spec.before + spec.behind)])
-        unknown = [mark for mark in needed if mark not in self._marks]
+    def _check_special_tokens(self, spec: LanguageModelSpec) -> None:
+        """Raises unless every special token of the template is one token of the vocabulary."""
+        template = spec.before + spec.behind
+        needed = dict.fromkeys([spec.pad_token, *_SPECIAL_TOKEN.findall(template)])
+        unknown = [token for token in needed if token not in self._special_ids]
         if unknown:
             raise CheckpointError(
                 f"The tokenizer in {self.name} does not know {', '.join(unknown)}.",
@@ -194,23 +197,23 @@ class ChatTokenizer:
 
 
 def load_clip_tokenizer(path: Path) -> PromptTokenizer:
-    """Read CLIP's tokenizer from a folder with vocab.json and merges.txt; nothing is downloaded.
+    """Loads CLIP's tokenizer from a folder with vocab.json and merges.txt; nothing is downloaded.
 
     Raises:
-        CheckpointError: the folder or its files are not there, or are broken.
+        CheckpointError: the folder or its files are missing or broken.
     """
     folder = _folder_with(path, _CLIP_FILES, CLIP_NAME)
     tokenizer = _read("CLIPTokenizer", folder, CLIP_NAME)
-    # transformers 4 has CLIP twice, and the one diffusers uses cannot say where tokens come from.
+    # transformers 4 has CLIP twice, and the one that diffusers uses returns no offsets.
     spans = tokenizer if tokenizer.is_fast else _read("CLIPTokenizerFast", folder, CLIP_NAME)
     return PromptTokenizer(CLIP_NAME, tokenizer, spans)
 
 
 def load_t5_tokenizer(path: Path) -> PromptTokenizer:
-    """Read T5's tokenizer from a tokenizer.json or spiece.model, or the folder that holds one.
+    """Loads T5's tokenizer from a tokenizer.json or spiece.model, or the folder that holds one.
 
     Raises:
-        CheckpointError: the file is not there, or is broken.
+        CheckpointError: the file is missing or broken.
     """
     folder = _folder_with(path, _T5_FILES, T5_NAME)
     tokenizer = _read("T5TokenizerFast", folder, T5_NAME)
@@ -218,10 +221,10 @@ def load_t5_tokenizer(path: Path) -> PromptTokenizer:
 
 
 def load_qwen_tokenizer(path: Path) -> ChatTokenizer:
-    """Read Qwen's tokenizer from a folder with vocab.json and merges.txt, or tokenizer.json.
+    """Loads Qwen's tokenizer from a folder with vocab.json and merges.txt, or tokenizer.json.
 
     Raises:
-        CheckpointError: the folder or its files are not there, or are broken.
+        CheckpointError: the folder or its files are missing or broken.
     """
     folder = _folder_with(path, _QWEN_FILES, "Qwen3")
     tokenizer = _read("Qwen2TokenizerFast", folder, "Qwen3")
@@ -229,14 +232,14 @@ def load_qwen_tokenizer(path: Path) -> ChatTokenizer:
 
 
 def load_mistral_tokenizer(source: bytes | SpelledVocabulary | Path) -> ChatTokenizer:
-    """Read Mistral's tokenizer.
+    """Loads Mistral's tokenizer.
 
     Args:
-        source: the text of a tekken.json, a GGUF file's vocabulary, or a folder with
+        source: the bytes of a tekken.json, a GGUF file's vocabulary, or a folder with
             tokenizer.json or tekken.json.
 
     Raises:
-        CheckpointError: the folder or its files are not there, or are broken.
+        CheckpointError: the folder or its files are missing or broken.
     """
     if not isinstance(source, Path):
         name = "tekken_model" if isinstance(source, bytes) else "the GGUF file"
@@ -250,7 +253,7 @@ def load_mistral_tokenizer(source: bytes | SpelledVocabulary | Path) -> ChatToke
 def _folder_with(
     path: Path, sets: tuple[tuple[str, ...], ...], name: str, fix: str = _REINSTALL
 ) -> Path:
-    """Find the folder of a tokenizer, and see that one of the sets of files is in it."""
+    """Returns the folder of a tokenizer; raises unless it holds one of the sets of files."""
     folder = path.parent if path.is_file() else path
     if any(all((folder / file).is_file() for file in files) for files in sets):
         return folder
@@ -264,7 +267,7 @@ def _folder_with(
 
 
 def _read(kind: str, folder: Path, name: str) -> _Tokenizer:
-    """Load one of transformers' tokenizers from local files."""
+    """Loads one of transformers' tokenizers from local files."""
     import transformers  # late: takes a second to import
 
     loader = cast("_Loader", getattr(transformers, kind))
@@ -275,7 +278,7 @@ def _read(kind: str, folder: Path, name: str) -> _Tokenizer:
 
 
 def _read_backend(file: Path, name: str) -> _Backend:
-    """Load a tokenizer.json as it is: transformers may exchange the rule that splits words."""
+    """Loads a tokenizer.json as it is: transformers may replace the pattern that splits words."""
     from tokenizers import Tokenizer
 
     try:
@@ -297,12 +300,12 @@ class _Loader(Protocol):
 
 
 def _check_encodable(prompt: str, name: str) -> None:
-    """Refuse halves of a surrogate pair, which a broken client can send."""
+    """Raises if the prompt holds half a surrogate pair, which a broken client can send."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise SettingError(
-            f"The prompt for {name} holds half a character at place {error.start + 1}.",
-            "text that is valid Unicode.",
-            "Type the prompt of 'Encode Text (FLUX)' again.",
+            f"The prompt for {name} holds half a character at position {error.start + 1}.",
+            "valid Unicode.",
+            "type [prompt] again.",
         ) from error

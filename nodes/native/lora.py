@@ -1,6 +1,6 @@
-"""LoRAs on ComfyUI's own MODEL: on a clone of it, as ComfyUI's own loader puts them.
+"""LoRAs on ComfyUI's own MODEL: patches on a clone of it, as ComfyUI's own loader adds them.
 
-ComfyUI calls our tensors by our names behind one prefix. `Any` stands for its own classes, which
+ComfyUI's names of the tensors are ours after a prefix. `Any` stands for its own classes, which
 carry no usable types.
 """
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 _PREFIX = "diffusion_model."
 _INPUT = "img_in.weight"
-_RESHAPE = 5  # of a LoRA's parts in ComfyUI's words: the size it gives the weight
+_RESHAPE = 5  # index of `reshape`, the new size of the weight, in ComfyUI's LoRA weights
 
 
 def native_with_changes(
     patcher: Any, parts: Sequence["LoraPart"], norms: Sequence[tuple[str, Tensor]] = ()
 ) -> Any:
-    """Give a clone of a MODEL with changes on it, beside those that it has.
+    """Returns a clone of a MODEL with a LoRA's changes added to the patches that it has.
 
     The clone is of the MODEL's own class, which patches quantised weights in its own way. Norms
-    take the place of its own, at any strength, and img_in is made as wide as its change first:
-    only Canny's and Depth's LoRAs bring norms.
+    replace the model's, whatever the strength, and img_in is first widened to the size of its
+    change: only Canny's and Depth's LoRAs have norms.
 
     Raises:
-        SettingError: the MODEL has no tensor of a name that its network should have, or a LoRA on
-            it has made a changed one larger.
+        SettingError: the MODEL lacks a tensor that its network should have, or another LoRA has
+            enlarged one that this LoRA changes.
     """
     enlarged = [part.key for part in parts if _PREFIX + part.key in larger_weights(patcher)]
     if enlarged:
@@ -41,7 +41,7 @@ def native_with_changes(
             f"A LoRA on the MODEL, as Canny's and Depth's do, makes '{enlarged[0]}' larger, which "
             "this LoRA changes as it was.",
             "this LoRA before the other one.",
-            "wire 'Apply LoRA (FLUX)' before the node that puts on the other LoRA.",
+            "wire [LoRA loader] before the node that applies the other LoRA.",
         )
     wide = _widened(patcher, parts) if norms else patcher
     clone = host.changed(wide, [replace(part, key=_PREFIX + part.key) for part in parts])
@@ -55,14 +55,14 @@ def native_with_changes(
         raise SettingError(
             f"The MODEL's network has no '{lost[0]}' ({len(lost)} tensors are not found).",
             "ComfyUI's own names of the weights.",
-            "take the node that changes or compiles the network's layers off this model, and "
+            "remove the node that changes or compiles the network's layers from this model, and "
             "unload the models once.",
         )
     return clone
 
 
 def _widened(patcher: Any, parts: Iterable["LoraPart"]) -> Any:
-    """Give a clone whose img_in has as many columns as its change, those added of zeros."""
+    """Returns a clone whose img_in is padded with zero columns to the size of its change."""
     clone = patcher.clone()
     for part in parts:
         if part.key == _INPUT:
@@ -72,20 +72,20 @@ def _widened(patcher: Any, parts: Iterable["LoraPart"]) -> Any:
 
 
 def larger_weights(patcher: Any) -> dict[str, list[int]]:
-    """Name the weights that a LoRA on a MODEL makes larger, with the sizes they get.
+    """Returns the weights that LoRAs on a MODEL enlarge, with their new sizes.
 
-    BFL's Canny and Depth LoRAs do it to img_in, which then takes a second picture's channels.
+    BFL's Canny and Depth LoRAs enlarge img_in, which then takes a second image's channels.
     """
     return {
         key: size
         for key, patches in patcher.patches.items()
-        for size in map(_size_given, patches)
+        for size in map(_new_size, patches)
         if size
     }
 
 
-def _size_given(patch: tuple[Any, ...]) -> list[int]:
-    """Tell the size a patch gives its weight; [] when it leaves it."""
+def _new_size(patch: tuple[Any, ...]) -> list[int]:
+    """Returns the size to which a patch enlarges its weight; [] if it does not."""
     change = patch[1]
     parts = getattr(change, "weights", ())
     size = parts[_RESHAPE] if len(parts) == _RESHAPE + 1 else None  # GLoRA has a tensor there

@@ -1,4 +1,4 @@
-"""ComfyUI's own CLIP on our text encoder socket: its weights and patches read our tokens.
+"""ComfyUI's own CLIP on our text encoder socket: its weights and patches, our tokenizers.
 
 `Any` stands for ComfyUI's own classes, which carry no usable types.
 """
@@ -30,7 +30,7 @@ from .. import host
 from ..runtime.handles import text_to_outputs
 
 _MODULE = "comfy.text_encoders.flux"
-_PAIR, _LANGUAGE = "FluxClipModel", "Flux2TEModel"  # whatever is derived from them, too
+_CLIP_AND_T5, _LANGUAGE = "FluxClipModel", "Flux2TEModel"  # or classes derived from them
 _LANGUAGE_MODELS = {
     "mistral3_24b": MISTRAL_SMALL_3,
     "qwen3_8b": QWEN3_8B,
@@ -40,11 +40,11 @@ _mistral_tokenizers: WeakKeyDictionary[Any, ChatTokenizer] = WeakKeyDictionary()
 
 
 class NativeTextEncoders:
-    """A native CLIP; ComfyUI brings it, with what was patched onto it.
+    """A native CLIP, which ComfyUI loads with its patches.
 
     Raises:
-        FamilyMismatchError: it reads text for another model.
-        SettingError: it carries what would be ignored.
+        FamilyMismatchError: it is another model's.
+        SettingError: it has settings that would be ignored.
     """
 
     def __init__(self, clip: Any) -> None:
@@ -52,38 +52,38 @@ class NativeTextEncoders:
         self.clip = clip
         self.encoders = _encoder(clip)
         self.encoders.device = clip.patcher.load_device
-        self.encoders.ready = self._bring
+        self.encoders.ready = self._load
 
     def encode(self, prompt: str, prompt_2: str, t5_tokens: int | None) -> TextFeatures:
-        """Encode a prompt as `TextEncodersHandle` does, in float32."""
+        """Encodes a prompt as `TextEncodersHandle` does, in float32."""
         return text_to_outputs(self.encoders.encode(prompt, prompt_2, tokens=t5_tokens))
 
-    def _bring(self) -> None:
+    def _load(self) -> None:
         self.clip.load_model()
 
 
 def _check_plain(clip: Any) -> None:
-    """Refuse settings of a CLIP that only ComfyUI's own text nodes follow."""
+    """Raises if a CLIP has settings that only ComfyUI's own text nodes follow."""
     if clip.layer_idx not in (None, -1):
         raise SettingError(
             f"'CLIP Set Last Layer' is at {clip.layer_idx} on this CLIP.",
             "the last layer, which FLUX was trained with.",
-            "take that node off this wire.",
+            "remove that node from this wire.",
         )
     if clip.apply_hooks_to_conds or clip.use_clip_schedule:
         raise SettingError(
             "The CLIP carries hooks, which only ComfyUI's own text nodes follow.",
             "a CLIP without hooks.",
-            "take 'Set CLIP Hooks' off this wire; put a LoRA on with 'Load LoRA (Model and CLIP)'.",
+            "remove 'Set CLIP Hooks' from this wire; add LoRAs with 'Load LoRA (Model and CLIP)'.",
         )
 
 
 def _encoder(clip: Any) -> PromptEncoder:
-    """Put our tokenizers and rules around ComfyUI's modules."""
+    """Returns our encoder around ComfyUI's modules."""
     model = clip.cond_stage_model
     kinds = {one.__name__ for one in type(model).__mro__ if one.__module__ == _MODULE}
-    if _PAIR in kinds:
-        return _pair(model)
+    if _CLIP_AND_T5 in kinds:
+        return _clip_and_t5(model)
     name = getattr(model, "clip", "")
     if _LANGUAGE in kinds and name in _LANGUAGE_MODELS:
         return _language_model(clip, getattr(model, name).transformer, _LANGUAGE_MODELS[name])
@@ -96,10 +96,10 @@ def _encoder(clip: Any) -> PromptEncoder:
     )
 
 
-def _pair(model: Any) -> TextEncoders:
+def _clip_and_t5(model: Any) -> TextEncoders:
     clip, t5 = model.clip_l.transformer, model.t5xxl.transformer
     tower, block = clip.text_model, t5.encoder.block[0]
-    words, places = tower.embeddings.token_embedding, tower.embeddings.position_embedding
+    tokens, positions = tower.embeddings.token_embedding, tower.embeddings.position_embedding
     attention = block.layer[0].SelfAttention
     folders = host.native_tokenizers()
     return TextEncoders(
@@ -107,11 +107,11 @@ def _pair(model: Any) -> TextEncoders:
         clip=cast(nn.Module, _Clip(clip)),
         t5=cast(nn.Module, _T5(t5)),
         clip_spec=ClipSpec(
-            width=words.embedding_dim,
+            width=tokens.embedding_dim,
             layers=clip.num_layers,
             ffn=tower.encoder.layers[0].mlp.fc1.out_features,
-            vocabulary=words.num_embeddings,
-            positions=places.num_embeddings,
+            vocabulary=tokens.num_embeddings,
+            positions=positions.num_embeddings,
         ),
         t5_spec=T5Spec(
             width=t5.shared.embedding_dim,
@@ -163,13 +163,13 @@ def _qwen_tokenizer(folder: Path) -> ChatTokenizer:
 
 
 def _chat_tokenizer(native: Any, spec: LanguageModelSpec) -> ChatTokenizer:
-    """Give Qwen's tokenizer, or the one that came in Mistral's file."""
+    """Returns Qwen's tokenizer, or the one stored in Mistral's file."""
     if spec.architecture == "qwen3":
         return _qwen_tokenizer(host.native_qwen_tokenizer())
     if native not in _mistral_tokenizers:
-        carried = native.state_dict()["tekken_model"]
-        text = carried.numpy().tobytes() if isinstance(carried, Tensor) else bytes(carried)
-        _mistral_tokenizers[native] = load_mistral_tokenizer(text)
+        stored = native.state_dict()["tekken_model"]
+        data = stored.numpy().tobytes() if isinstance(stored, Tensor) else bytes(stored)
+        _mistral_tokenizers[native] = load_mistral_tokenizer(data)
     return _mistral_tokenizers[native]
 
 
@@ -180,20 +180,20 @@ class _Output:
 
 @dataclass(frozen=True, slots=True)
 class _States:
-    hidden_states: dict[int, Tensor]  # after so many layers; only those that are read
+    hidden_states: dict[int, Tensor]  # by number of layers run; only those that are used
 
 
 class _Clip:
-    """CLIP, called as transformers' is: every place of it, behind the last norm."""
+    """CLIP, called as transformers' is; returns the states after the last norm."""
 
     def __init__(self, transformer: Any) -> None:
         self.transformer = transformer
 
     def __call__(self, *, input_ids: Tensor, position_ids: Tensor) -> _Output:
-        # It has no position_ids: it adds all its places at once, so the rest is filled up; no
-        # place sees those behind it.
-        places = self.transformer.text_model.embeddings.position_embedding.num_embeddings
-        missing = places - position_ids.shape[1]
+        # ComfyUI's takes no position_ids and adds all positions at once, so ids are padded to them;
+        # attention is causal, so padding changes nothing before it.
+        embedding = self.transformer.text_model.embeddings.position_embedding
+        missing = embedding.num_embeddings - position_ids.shape[1]
         ids = nn.functional.pad(input_ids, (0, missing))
         hidden = _run(self.transformer, ids)[0]
         return _Output(hidden[:, : input_ids.shape[1]].float())
@@ -216,29 +216,29 @@ class _LanguageModel:
         self.transformer, self.layers = transformer, sorted(layers)
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **_: object) -> _States:
-        """Read (1, L) ids under a mask (1, L), or (1, 1, L, L): what each place sees."""
-        found = _run(self.transformer, input_ids, attention_mask, self.layers)[1]
-        states = dict(zip(self.layers, found.float().unbind(1), strict=True))
+        """Runs ids (1, L) under a mask, (1, L) or (1, 1, L, L) for each pair of positions."""
+        hidden = _run(self.transformer, input_ids, attention_mask, self.layers)[1]
+        states = dict(zip(self.layers, hidden.float().unbind(1), strict=True))
         if attention_mask.ndim == 4:
-            blind = ~attention_mask[:, 0].any(-1)  # padding on the left: (1, L)
-            if blind.any():
-                self._set_blind(states, input_ids, blind)
+            isolated = ~attention_mask[:, 0].any(-1)  # padding on the left: (1, L)
+            if isolated.any():
+                self._set_isolated(states, input_ids, isolated)
         return _States(states)
 
-    def _set_blind(self, states: dict[int, Tensor], ids: Tensor, blind: Tensor) -> None:
-        """Write what a place that sees nothing is: its word, changed by the MLPs alone."""
+    def _set_isolated(self, states: dict[int, Tensor], ids: Tensor, isolated: Tensor) -> None:
+        """Sets the states of positions that attend to nothing: embedding and MLPs alone."""
         model = self.transformer.model
-        x = model.embed_tokens(ids[blind], out_dtype=torch.float32)
+        x = model.embed_tokens(ids[isolated], out_dtype=torch.float32)
         for number, layer in enumerate(model.layers[: self.layers[-1]], 1):
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             if number in states:
-                states[number][blind] = x.float()
+                states[number][isolated] = x.float()
 
 
 def _run(
     transformer: Any, ids: Tensor, mask: Tensor | None = None, layers: list[int] | None = None
 ) -> Any:
-    """Run one of ComfyUI's text transformers as its SDClipModel does."""
+    """Runs one of ComfyUI's text transformers as its SDClipModel does."""
     return transformer(
         None,
         mask,

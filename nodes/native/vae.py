@@ -24,14 +24,14 @@ AnyAutoencoder: TypeAlias = AutoencoderHandle | Any  # the other is ComfyUI's VA
 
 
 def as_autoencoder(autoencoder: AnyAutoencoder) -> "AutoencoderHandle | NativeAutoencoder":
-    """Take what is wired to an autoencoder socket: this pack's own, or a native VAE."""
+    """Returns the autoencoder that is wired: this pack's own, or a native VAE."""
     if isinstance(autoencoder, AutoencoderHandle):
         return autoencoder
     return NativeAutoencoder(autoencoder)
 
 
 class NativeAutoencoder:
-    """A native VAE; ComfyUI brings it, splits batches, and goes over to tiles in little memory.
+    """A native VAE. ComfyUI loads it, splits batches, and falls back to tiles in little memory.
 
     Raises:
         FamilyMismatchError: its latents are not FLUX's.
@@ -41,17 +41,17 @@ class NativeAutoencoder:
         self.vae, self.latent = vae, _latent(vae)
 
     def encode(self, image: Image, generator: torch.Generator | None) -> Latent:
-        """Encode pictures (B, H, W, 3) to latents, as ComfyUI's LATENT has them.
+        """Encodes images (B, H, W, 3) to latents in the convention of ComfyUI's LATENT.
 
         Raises:
             ShapeError: channels or sides do not fit.
-            SettingError: a generator, which a native VAE has no use for.
+            SettingError: a generator is given, which a native VAE cannot use.
         """
         if generator is not None:
             raise SettingError(
                 "posterior is 'sample', and the autoencoder is ComfyUI's own VAE.",
-                "posterior 'mode', which is all that a VAE gives.",
-                "set posterior to 'mode', or load the file in 'Load Autoencoder (FLUX)'.",
+                "posterior 'mode', the only one a native VAE has.",
+                "set posterior to 'mode', or load the file with [autoencoder loader].",
             )
         check_image(image)
         check_sides(image.shape[1], image.shape[2], self.latent)
@@ -59,10 +59,10 @@ class NativeAutoencoder:
         return host.to_outputs(self.vae.encode(image).float())
 
     def decode(self, latent: Latent, spec: LatentSpec) -> Image:
-        """Decode latents to pictures (B, H, W, 3) in 0..1.
+        """Decodes latents to images (B, H, W, 3) in 0..1.
 
         Raises:
-            FamilyMismatchError: a latent of another autoencoder.
+            FamilyMismatchError: the latent is another autoencoder's.
             NonFiniteError: the VAE overflowed.
         """
         check_latent(spec, self.latent, "tokens")
@@ -73,7 +73,7 @@ class NativeAutoencoder:
 
 
 def _latent(vae: Any) -> LatentSpec:
-    """Tell FLUX's VAEs by their class and the shape of their latents."""
+    """Returns the latent spec of FLUX's VAEs, recognised by class and latent shape."""
     kind: type[object] = type(vae.first_stage_model)
     if all(one.__module__ != _MODULE for one in kind.__mro__):
         found = "empty" if vae.first_stage_model is None else f"a {kind.__name__}"

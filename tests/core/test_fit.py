@@ -210,21 +210,26 @@ def test_an_8000_pixel_picture_can_be_fitted() -> None:
 
 
 def test_an_illegal_size_names_the_legal_ones_around_it() -> None:
-    with pytest.raises(ShapeError, match=r"1000x763.*width 992 or 1008, height 752 or 768"):
+    with pytest.raises(
+        ShapeError, match=r"1000x763.*width 992 or 1008, height 752 or 768"
+    ) as caught:
         fit_image(noise_picture(20, 20), (763, 1000), "pad", 16)
+    assert caught.value.settings == ("fit width", "fit height")
     with pytest.raises(ShapeError, match="width 16, height 64"):
         fit_image(noise_picture(20, 20), (64, 0), "pad", 16)
 
 
 def test_a_picture_too_small_to_crop_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ShapeError, match=r"40x1, with no 16x16 px in it.*pad or stretch"):
+    with pytest.raises(ShapeError) as caught:
         keep_size(noise_picture(1, 40), "crop", 16)
+    assert caught.value.settings == ("fit method",)
 
 
 def test_undoing_the_fit_of_another_size_is_refused() -> None:
     _, fit = fit_image(noise_picture(50, 70), (64, 96), "pad", 16)
-    with pytest.raises(ShapeError, match=r"is 64x96, but the fit made one of 96x64.*Noise"):
+    with pytest.raises(ShapeError, match=r"is 64x96, but the fit made one of 96x64") as caught:
         undo_fit(noise_picture(96, 64), fit)
+    assert caught.value.settings == ("image fit", "noise", "image decoding")
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -241,5 +246,6 @@ def test_an_unknown_method_is_refused() -> None:
         lambda: fit_image(noise_picture(20, 20), (32, 32), "tile", 16),
         lambda: keep_size(noise_picture(20, 20), "tile", 16),
     ):
-        with pytest.raises(SettingError, match="pad, crop or stretch"):
+        with pytest.raises(SettingError) as caught:
             call()
+        assert caught.value.settings == ("fit method",)

@@ -1,9 +1,10 @@
-"""Noise levels: their ends, their order, and what is refused."""
+"""Sigmas: their ends, their order, denoise, and what is refused."""
 
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from glassbox.flux_core.errors import SettingError
 from glassbox.flux_core.families import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV
@@ -15,6 +16,7 @@ from glassbox.flux_core.sampling.sigmas import (
     make_sigmas,
     parse_sigmas,
 )
+from glassbox.flux_core.specs import FluxFamily
 
 SCHEDULE = FLUX1_DEV.schedule
 
@@ -52,10 +54,11 @@ def test_a_family_without_shift_falls_evenly() -> None:
 
 
 def test_a_picture_too_large_for_the_shift_is_refused_with_its_numbers() -> None:
-    with pytest.raises(SettingError, match=r"250000 target tokens is mu 42\.77"):
+    with pytest.raises(SettingError, match=r"250000 target tokens is mu 42\.77") as caught:
         flux_sigmas(SCHEDULE, 250_000, 28)
+    assert caught.value.settings == ("width", "height", "steps", "schedule kind")
     assert len(flux_sigmas(SCHEDULE, 65_536, 28)) == 29
-    with pytest.raises(SettingError, match=r"700000 target tokens is mu 118\.95"):
+    with pytest.raises(SettingError, match=r"mu 118\.95"):
         flux_sigmas(FLUX2_DEV.schedule, 700_000, 4)
 
 
@@ -86,8 +89,8 @@ def test_sigmas_by_hand_may_be_set_apart_in_any_way(text: str) -> None:
         (" \n ", "are empty"),
         ("1.0, high, 0", "'high', which is no number"),
         ("1.0, 0.5", "end in 0.5, not in 0"),
-        ("1.0, 0.5, 0.5, 0", "do not fall at place 3: 0.5 after 0.5"),
-        ("0.5, 1.0, 0", "do not fall at place 2: 1 after 0.5"),
+        ("1.0, 0.5, 0.5, 0", "do not fall at position 3: 0.5 after 0.5"),
+        ("0.5, 1.0, 0", "do not fall at position 2: 1 after 0.5"),
         ("14.6, 3, 0", "14.6 to 0, outside 0..1"),
         ("1.0, 0.5, -0.1", "outside 0..1"),
         ("1.0, nan, 0", "not all finite"),
@@ -99,28 +102,102 @@ def test_wrong_sigmas_by_hand_are_named_and_never_repaired(text: str, words: str
     with pytest.raises(SettingError) as error:
         parse_sigmas(text)
     assert words in str(error.value)
+    assert set(error.value.settings) <= {"sigmas", "schedule"}
 
 
 @pytest.mark.parametrize("steps", [0, -1, 10_001])
 @pytest.mark.parametrize("kind", ["flux", "linear", "karras", "exponential"])
 def test_steps_out_of_range_are_refused(kind: str, steps: int) -> None:
-    with pytest.raises(SettingError, match=f"steps is {steps}"):
-        make_sigmas(SCHEDULE, 1024, steps, kind=kind)
+    for denoise in (1.0, 0.5):
+        with pytest.raises(SettingError) as caught:
+            make_sigmas(SCHEDULE, 1024, steps, kind=kind, denoise=denoise)
+        assert caught.value.found == f"steps is {steps}."
+        assert caught.value.settings == ("steps",)
 
 
 def test_ranges_that_cannot_be_computed_are_refused() -> None:
-    with pytest.raises(SettingError, match="0 < smallest"):
-        exponential_sigmas(4, 0.0, 1.0)
-    with pytest.raises(SettingError, match="0 < smallest"):
-        karras_sigmas(4, 0.5, 0.5)
-    with pytest.raises(SettingError, match="rho"):
-        karras_sigmas(4, 0.1, 1.0, rho=0.0)
-    with pytest.raises(SettingError, match="0 tokens"):
-        flux_sigmas(SCHEDULE, 0, 4)
-    with pytest.raises(SettingError, match="shape"):
-        check_sigmas(torch.ones(2, 3))
+    for call, settings in (
+        (lambda: exponential_sigmas(4, 0.0, 1.0), ()),
+        (lambda: karras_sigmas(4, 0.5, 0.5), ()),
+        (lambda: karras_sigmas(4, 0.1, 1.0, rho=0.0), ()),
+        (lambda: flux_sigmas(SCHEDULE, 0, 4), ("noise", "schedule")),
+        (lambda: check_sigmas(torch.ones(2, 3)), ("schedule",)),
+    ):
+        with pytest.raises(SettingError) as caught:
+            call()
+        assert caught.value.settings == settings
 
 
 def test_sigmas_of_other_nodes_come_back_as_float32() -> None:
     sigmas = check_sigmas(torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64))
     assert sigmas.dtype == torch.float32
+
+
+def test_denoise_takes_the_end_of_a_longer_schedule() -> None:
+    half = make_sigmas(SCHEDULE, 1024, 2, kind="linear", denoise=0.5)
+    assert half.tolist() == [0.5, 0.25, 0.0]
+    third = make_sigmas(SCHEDULE, 1024, 3, kind="linear", denoise=0.3)
+    assert third.tolist() == pytest.approx([0.3, 0.2, 0.1, 0.0])
+    assert make_sigmas(SCHEDULE, 1024, 1, kind="linear", denoise=0.2).tolist() == pytest.approx(
+        [0.2, 0.0]
+    )
+    # FLUX.1 at 4096 tokens, mu 1.15: e^1.15 / (e^1.15 + 1 / even - 1) for even 0.5 and 0.25
+    assert make_sigmas(SCHEDULE, 4096, 2, denoise=0.5).tolist() == pytest.approx(
+        [0.7595109, 0.5128441, 0.0]
+    )
+
+
+def last_of_more(kind: str, family: FluxFamily, steps: int, denoise: float) -> Tensor:
+    """KSampler's rule: int(steps / denoise) steps are made, and the last steps + 1 sigmas taken."""
+    total = int(steps / denoise)
+    even = torch.tensor([1 - index / total for index in range(total)], dtype=torch.float64)
+    own = even
+    if kind != "linear":
+        strength = math.exp(family.schedule.mu(1024, total))
+        own = strength / (strength + 1 / even - 1)
+    first, last, spaced = float(own[0]), float(own[-1]), torch.linspace(0, 1, total).double()
+    if kind == "karras":
+        own = (first ** (1 / 7) + spaced * (last ** (1 / 7) - first ** (1 / 7))) ** 7
+    if kind == "exponential":
+        own = torch.exp(math.log(first) + spaced * (math.log(last) - math.log(first)))
+    return torch.cat((own, torch.zeros(1).double()))[-(steps + 1) :].float()
+
+
+@pytest.mark.parametrize("kind", ["flux", "linear", "karras", "exponential"])
+@pytest.mark.parametrize("family", [FLUX1_DEV, FLUX2_DEV], ids=["1", "2"])
+def test_denoise_follows_ksamplers_rule(kind: str, family: FluxFamily) -> None:
+    for steps, denoise in ((20, 0.6), (7, 0.7), (28, 0.35), (1, 0.01), (50, 0.999), (3, 0.05)):
+        ours = make_sigmas(family.schedule, 1024, steps, kind=kind, denoise=denoise)
+        assert ours.shape == (steps + 1,)
+        torch.testing.assert_close(
+            ours, last_of_more(kind, family, steps, denoise), rtol=2e-5, atol=1e-7
+        )
+        assert torch.equal(check_sigmas(ours), ours)
+
+
+@pytest.mark.parametrize("kind", ["flux", "linear", "karras", "exponential"])
+def test_denoise_of_almost_one_is_one(kind: str) -> None:
+    whole = make_sigmas(SCHEDULE, 1024, 28, kind=kind)
+    for denoise in (1.0, 0.99995):
+        assert torch.equal(make_sigmas(SCHEDULE, 1024, 28, kind=kind, denoise=denoise), whole)
+
+
+@pytest.mark.parametrize("denoise", [0.0, -0.5, 1.01, math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["flux", "linear", "karras", "exponential", "by hand"])
+def test_denoise_out_of_range_is_refused(kind: str, denoise: float) -> None:
+    with pytest.raises(SettingError, match=r"^denoise is") as caught:
+        make_sigmas(SCHEDULE, 1024, 4, kind=kind, by_hand="1, 0.5, 0", denoise=denoise)
+    assert caught.value.settings == ("denoise",)
+
+
+def test_sigmas_by_hand_say_themselves_where_they_begin() -> None:
+    with pytest.raises(SettingError) as caught:
+        make_sigmas(SCHEDULE, 1024, 4, kind="by hand", by_hand="1, 0.5, 0", denoise=0.5)
+    assert caught.value.settings == ("denoise", "sigmas")
+
+
+@pytest.mark.parametrize(("steps", "denoise"), [(200, 0.01), (1, 1e-5), (1, 5e-324)])
+def test_a_denoise_that_asks_for_endless_steps_is_refused(steps: int, denoise: float) -> None:
+    with pytest.raises(SettingError) as caught:
+        make_sigmas(SCHEDULE, 1024, steps, denoise=denoise)
+    assert caught.value.settings == ("denoise", "steps")

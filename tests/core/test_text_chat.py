@@ -92,8 +92,9 @@ def test_every_prompt_is_padded_to_its_length(
 
 
 def test_half_a_character_is_refused(qwen: ChatTokenizer) -> None:
-    with pytest.raises(SettingError, match="half a character at place 5"):
+    with pytest.raises(SettingError) as caught:
         qwen.encode("red \ud83c", QWEN)
+    assert caught.value.settings == ("prompt",)
 
 
 def test_tekken_gives_the_ids_of_the_published_converter(
@@ -159,24 +160,26 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_vocabulary_is_refused(name: str) -> None:
-    with pytest.raises(CheckpointError, match="tokenizer of Mistral could not be read") as caught:
+    with pytest.raises(CheckpointError) as caught:
         load_mistral_tokenizer(BROKEN[name])
+    assert caught.value.settings == ("text encoder loader",)
     assert len(str(caught.value)) < 700
 
 
-def test_a_vocabulary_without_the_marks_of_the_template_is_refused() -> None:
+def test_a_vocabulary_without_the_special_tokens_of_the_template_is_refused() -> None:
     tokenizer = load_mistral_tokenizer(broken(special_tokens=[{"rank": 0, "token_str": "<s>"}]))
     with pytest.raises(CheckpointError, match=r"does not know <pad>, \[SYSTEM_PROMPT\]") as caught:
         tokenizer.encode("a red star", MISTRAL)
-    assert "Mistral Small 3.2 24B" in str(caught.value)
+    assert "Mistral Small 3.2 24B" in caught.value.needed
+    assert caught.value.settings == ("text encoder loader",)
 
 
 @pytest.mark.parametrize("text", ["{not json", "{}", "[]", '{"model": {"type": "BPE"}}'])
 def test_a_broken_tokenizer_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(CheckpointError, match="could not be read"):
+    with pytest.raises(CheckpointError):
         load_mistral_tokenizer(tmp_path)
-    with pytest.raises(CheckpointError, match="could not be read"):
+    with pytest.raises(CheckpointError):
         load_qwen_tokenizer(tmp_path)
 
 

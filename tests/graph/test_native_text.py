@@ -69,7 +69,7 @@ def test_a_clip_with_more_places_reads_77_tokens(probe: dict[str, Any]) -> None:
         ("z-image", "FamilyMismatchError: The CLIP is ZImageTEModel, made of qwen3_4b."),
         ("skipped", "SettingError: 'CLIP Set Last Layer' is at -2 on this CLIP."),
         ("hooked", "SettingError: The CLIP carries hooks"),
-        ("length", "SettingError: t5_tokens is 600."),
+        ("length", "SettingError: The text length is 600 tokens."),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(probe: dict[str, Any], use: str, words: str) -> None:
