@@ -18,7 +18,7 @@ from glassbox.flux_core.tokens.pack import latent_tokens, pack_latent
 from glassbox.flux_core.tokens.references import place_references
 from glassbox.flux_core.transformer.flux import Flux, build_flux
 from glassbox.flux_core.transformer.plan import Plan
-from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens
+from glassbox.flux_core.values import Conditioning, Reference, TextFeatures, Tokens
 from glassbox.flux_core.weights.transformer_keys import to_diffusers
 
 # Each family's proportions in the middle: 8 heads, and blocks of both kinds.
@@ -127,13 +127,13 @@ class Inputs:
         cells = side_tokens * latent.patch
         pictures = torch.randn(1 + references, 1, latent.channels, cells, cells).to(dtype)
         target, *seen = (latent_tokens(one, latent) for one in pictures)
+        placed = place_references(seen, "auto")  # as ComfyUI does
         pooled = torch.randn(1, spec.pooled_width, dtype=dtype) if spec.pooled_width else None
         conditioning = Conditioning(
             text=TextFeatures(
                 txt=torch.randn(1, text_tokens, spec.context_width, dtype=dtype), pooled=pooled
             ),
-            # ComfyUI's own placement for several references.
-            references=place_references(seen, "index" if latent.text_axis else "offset"),
+            references=tuple(Reference(tokens=one) for one in placed),
             guidance=family.default_guidance if spec.has_guidance else None,
         )
         scaled = [((one - latent.shift) * latent.scale).to(dtype) for one in pictures[1:]]
@@ -142,6 +142,10 @@ class Inputs:
     def guidance(self) -> Tensor | None:
         strength = self.conditioning.guidance
         return None if strength is None else torch.tensor([strength])
+
+    def ids(self) -> list[Tensor]:
+        """Position ids of the references."""
+        return [one.tokens.ids for one in self.conditioning.references]
 
     def text_ids(self) -> Tensor:
         return text_ids(self.conditioning.text.txt.shape[1], self.target.latent)
@@ -158,22 +162,22 @@ class Step:
     @classmethod
     def make(cls, networks: Networks, side_tokens: int, references: int) -> "Step":
         inputs = Inputs.make(networks, side_tokens, references, TEXT_TOKENS)
-        sigmas = torch.tensor([SIGMA, 0.0])
-        return cls(networks, inputs, networks.ours.plan(inputs.conditioning, inputs.target, sigmas))
+        plan = networks.ours.plan(inputs.conditioning, inputs.target, [SIGMA, 0.0])
+        return cls(networks, inputs, plan)
 
     def ours(self) -> Tensor:
-        return self.plan.velocity(self.inputs.target.values, 0)
+        return self.plan.velocity(self.inputs.target.values, SIGMA)
 
     def diffusers(self) -> Tensor:
         inputs, text = self.inputs, self.inputs.conditioning.text
-        placed, latent = inputs.conditioning.references, inputs.target.latent
+        latent = inputs.target.latent
         packed = [inputs.target.values, *(pack_latent(one, latent) for one in inputs.references)]
         pooled = {} if text.pooled is None else {"pooled_projections": text.pooled}
         out = self.networks.diffusers(
             hidden_states=torch.cat(packed, dim=1),
             encoder_hidden_states=text.txt,
             timestep=torch.tensor([SIGMA]),
-            img_ids=torch.cat([inputs.target.ids, *(one.ids for one in placed)]),
+            img_ids=torch.cat([inputs.target.ids, *inputs.ids()]),
             txt_ids=inputs.text_ids(),
             guidance=inputs.guidance(),
             **pooled,

@@ -33,12 +33,12 @@ from glassbox.flux_core.families import (  # noqa: E402
     FLUX2_KLEIN_9B_KV,
 )
 from glassbox.flux_core.transformer.flux import build_flux  # noqa: E402
-from glassbox.tests.bench import encoders, kept, networks  # noqa: E402
+from glassbox.tests.bench import cached, encoders, networks  # noqa: E402
 from glassbox.tests.graph.run_edit import WORKFLOW, node  # noqa: E402
 from glassbox.tests.graph.server import Comfy  # noqa: E402
 
 PEERS = ("diffusers", "comfyui")
-STAGES = ("weights", "equality", "steps", "kept", "encoder", "import", "edit")
+STAGES = ("weights", "equality", "steps", "cached", "encoder", "import", "edit")
 SIDE_TOKENS = 32  # 512 x 512 pixels: 1024 tokens
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         "weights": _weights,
         "equality": _equality,
         "steps": lambda: _steps(rounds),
-        "kept": lambda: _kept(rounds),
+        "cached": lambda: _cached(rounds),
         "encoder": lambda: _encoder(rounds),
         "import": _import,
         "edit": _edit,
@@ -121,12 +121,12 @@ def _steps(rounds: int) -> None:
                 )
 
 
-def _kept(rounds: int) -> None:
+def _cached(rounds: int) -> None:
     """Four steps over references seen before: peer / ours, and what recomputing costs."""
     for dtype in (torch.float32, torch.bfloat16):
-        built = kept.build_kept(dtype)
+        built = cached.build_cached(dtype)
         for references in (1, 2, 4):
-            run = kept.KeptRun.make(built, references)
+            run = cached.CachedRun.make(built, references)
             seconds = _interleaved(run, rounds)
             for peer in PEERS:
                 _ratio(

@@ -27,8 +27,8 @@ def masked_velocity(
     masked: bool = True,
     reference_time: float = 0.0,
 ) -> Tensor:
-    """Predict the velocity of the target; without the mask everybody sees everything."""
-    references = torch.cat([tokens.values for tokens in one.references], dim=1)
+    """Predicts the velocity of the target; without the mask everybody sees everything."""
+    references = torch.cat([seen.tokens.values for seen in one.references], dim=1)
     text, count, target = one.text.txt.shape[1], references.shape[1], noise.values.shape[1]
     allowed = torch.ones(text + count + target, text + count + target, dtype=torch.bool)
     if masked:
@@ -42,7 +42,7 @@ def masked_velocity(
         singles=network.spec.single_blocks,
         head_dim=network.spec.head_dim,
         turn=_turns(
-            torch.cat([ids, *(tokens.ids for tokens in one.references), noise.ids]),
+            torch.cat([ids, *(seen.tokens.ids for seen in one.references), noise.ids]),
             network.spec.axes_dim,
         ),
         allowed=allowed,

@@ -1,4 +1,4 @@
-"""True CFG on FLUX.2: the base models, and models that keep what references are seen as."""
+"""True CFG on FLUX.2: the base models, and models whose references are isolated."""
 
 from dataclasses import replace
 
@@ -13,13 +13,14 @@ from glassbox.flux_core.families import (
     FLUX2_KLEIN_9B_KV,
     FLUX2_KLEIN_BASE_4B,
 )
-from glassbox.flux_core.sampling.denoise import denoise
-from glassbox.flux_core.sampling.guidance import TrueCFG, guider, join
+from glassbox.flux_core.sampling.guidance import TrueCFG, guided, join
+from glassbox.flux_core.sampling.job import Job
+from glassbox.flux_core.sampling.run import run as run_job
 from glassbox.flux_core.sampling.sigmas import linear_sigmas
 from glassbox.flux_core.specs import FluxFamily
 from glassbox.flux_core.tokens.pack import latent_tokens
-from glassbox.flux_core.transformer.flux import Flux, compute_every_step, keep_for_the_run
-from glassbox.flux_core.values import Conditioning, TextFeatures
+from glassbox.flux_core.transformer.flux import Flux, cache_for_the_run, compute_every_step
+from glassbox.flux_core.values import Conditioning, Reference, TextFeatures
 from glassbox.tests.core import tiny_flux2 as tiny
 
 STEPS, SCALE = 4, 3.0
@@ -30,10 +31,9 @@ FAMILIES = pytest.mark.parametrize(
 
 def run(network: Flux, positive: Conditioning, batch: int = 1, **cfg) -> Tensor:
     settings = TrueCFG(**{"scale": SCALE, **cfg})
-    steps = denoise(
-        network, positive, tiny.noise(3, batch=batch), linear_sigmas(STEPS), cfg=settings
-    )
-    *_, last = steps
+    noise, sigmas = tiny.noise(3, batch=batch), linear_sigmas(STEPS)
+    job = Job(conditioning=positive, noise=noise, sigmas=sigmas, cfg=settings)
+    *_, last = run_job(network, job)
     return last.x
 
 
@@ -42,21 +42,21 @@ def run(network: Flux, positive: Conditioning, batch: int = 1, **cfg) -> Tensor:
 def test_a_step_is_the_sum_of_two_single_passes(family: FluxFamily, batch: int) -> None:
     network, references = tiny.network(family), tiny.pictures(1, 2)
     positive, negative = (tiny.conditioning(seed, references) for seed in (1, 2))
-    noise, sigmas = tiny.noise(3, batch=batch), linear_sigmas(2)
+    noise, sigmas = tiny.noise(3, batch=batch), [1.0, 0.5, 0.0]
     with torch.no_grad():
         v_c, v_u = (
-            network.plan(one, noise, sigmas).velocity(noise.values, 1)
+            network.plan(one, noise, sigmas).velocity(noise.values, 0.5)
             for one in (positive, negative)
         )
         for passes in ("batched", "in turn"):
             cfg = TrueCFG(negative=negative, scale=SCALE, passes=passes)
-            found = guider(network, positive, noise, sigmas, cfg).velocity(noise.values, 1)
+            found = guided(network, positive, noise, sigmas, cfg=cfg).velocity(noise.values, 0.5)
             torch.testing.assert_close(found, v_u + SCALE * (v_c - v_u), atol=5e-6, rtol=0)
 
 
 @FAMILIES
 @pytest.mark.parametrize("end", [0.5, 1.0])
-@pytest.mark.parametrize("own", [False, True], ids=["shared", "a reference for each picture"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "a reference for each image"])
 def test_batched_and_in_turn_agree(family: FluxFamily, end: float, own: bool) -> None:
     network, references = tiny.network(family), tiny.pictures(1, 2, batch=3 if own else 1)
     positive, negative = (tiny.conditioning(seed, references) for seed in (1, 2))
@@ -75,25 +75,25 @@ def test_references_that_both_passes_share_are_computed_and_held_once(end, passe
     network, references = tiny.network(FLUX2_KLEIN_9B_KV), tiny.pictures(1, 2)
     held = []
 
-    def keep(references, computed):
-        held.append(keep_for_the_run(references, computed))
+    def hold(references, computed):
+        held.append(cache_for_the_run(references, computed))
         return held[-1]
 
-    network.keep = keep
+    network.reference_cache = hold
     # a node places them anew for each conditioning: other ids and tokens, the same values
     positive, negative = (
         tiny.conditioning(seed, tuple(replace(one, ids=one.ids.clone()) for one in references))
         for seed in (1, 2)
     )
-    kept = run(network, positive, 2, negative=negative, passes=passes, end=end)
+    cached = run(network, positive, 2, negative=negative, passes=passes, end=end)
     assert len(held) == 1
     assert {kv.key.shape[0] for kv in held[0]} == {1}
-    network.keep = compute_every_step
+    network.reference_cache = compute_every_step
     again = run(network, positive, 2, negative=negative, passes=passes, end=end)
-    assert torch.equal(kept, again)
+    assert torch.equal(cached, again)
 
 
-def test_other_references_in_the_negative_are_kept_apart() -> None:
+def test_other_references_in_the_negative_are_cached_apart() -> None:
     network = tiny.network(FLUX2_KLEIN_9B_KV)
     one, other = tiny.pictures(1), tiny.pictures(4)  # of one size
     positive = tiny.conditioning(1, one)
@@ -123,8 +123,9 @@ def test_a_negative_of_another_model_is_refused_with_both_families(passes: str) 
         run(network, positive, negative=replace(positive, text=text), passes=passes)
     other = latent_tokens(torch.randn(1, 16, 6, 6), FLUX1_LATENT)
     words = r"Reference 1 holds FLUX\.1 tokens.*FLUX\.2 tokens for FLUX\.2 \[klein\] base 4B"
+    negative = replace(positive, references=(Reference(tokens=other),))
     with pytest.raises(FamilyMismatchError, match=words):
-        run(network, positive, negative=replace(positive, references=(other,)), passes=passes)
+        run(network, positive, negative=negative, passes=passes)
 
 
 def test_cfg_on_a_model_with_a_guidance_input_uses_the_default_in_both_passes() -> None:

@@ -26,8 +26,10 @@ TEXT = TextFeatures(txt=torch.zeros(1, 2, 4), pooled=torch.zeros(1, 3))
 def test_words_of_a_file_that_cannot_be_encoded_are_escaped():
     """Printing a lone surrogate ended ComfyUI's prompt thread: no later prompt ran."""
     error = CheckpointError("The tensor '\ud800' is there.", "text.", "rename caf\udce9.")
-    assert str(error).encode() == error.args[0].encode()
+    for text in (str(error), *error.args):
+        text.encode()
     assert "\\ud800" in str(error)
+    assert "\\udce9" in str(error)
 
 
 def test_a_message_does_not_grow_with_its_cause():

@@ -13,19 +13,23 @@ from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.tokens.inspect import describe_sequence, sequence_report
 from glassbox.flux_core.tokens.pack import latent_tokens
 from glassbox.flux_core.tokens.references import place_references
-from glassbox.flux_core.values import Conditioning, TextFeatures
+from glassbox.flux_core.values import Conditioning, Reference, TextFeatures
 
 
 def _tokens(rows, columns):
     return latent_tokens(torch.zeros(1, 16, 2 * rows, 2 * columns), FLUX1_LATENT)
 
 
+def _seen(tokens):
+    return tuple(Reference(tokens=one) for one in tokens)
+
+
 def _conditioning(*references):
     text = TextFeatures(txt=torch.zeros(1, 7, 24), pooled=torch.zeros(1, 12))
-    return Conditioning(text=text, references=references)
+    return Conditioning(text=text, references=_seen(references))
 
 
-def test_segments_come_in_the_order_of_the_sequence_with_counts_and_places():
+def test_segments_come_in_the_order_of_the_sequence_with_counts_and_ids():
     reference = place(_tokens(2, 5), index=1, row=3, column=0.5)
     found = describe_sequence(_conditioning(reference), _tokens(4, 6))
     assert found["total"] == 7 + 24 + 10
@@ -37,7 +41,7 @@ def test_segments_come_in_the_order_of_the_sequence_with_counts_and_places():
     assert found["segments"][2]["ids"] == [("index", 1, 1), ("row", 3, 4), ("column", 0.5, 4.5)]
 
 
-def test_without_a_picture_the_text_stands_alone():
+def test_without_an_image_the_text_stands_alone():
     found = describe_sequence(_conditioning(), None)
     assert [one["count"] for one in found["segments"]] == [7]
     assert sequence_report(found).endswith("7 tokens in all")
@@ -46,7 +50,7 @@ def test_without_a_picture_the_text_stands_alone():
 def _flux2(*grids):
     tokens = [latent_tokens(torch.zeros(1, 128, *grid), FLUX2_LATENT) for grid in grids]
     text = TextFeatures(txt=torch.zeros(1, 7, 24), pooled=None)
-    references = place_references(tokens[1:], "index")
+    references = _seen(place_references(tokens[1:], "index"))
     return Conditioning(text=text, references=references), tokens[0]
 
 
@@ -73,8 +77,10 @@ def test_the_order_is_the_familys():
 
 def test_references_that_see_themselves_alone_are_said():
     words = "references see themselves alone, at t = 0"
-    kept = sequence_report(describe_sequence(*_flux2((4, 6), (2, 5)), FLUX2_KLEIN_9B_KV.references))
-    assert words in kept.splitlines()[-1]
+    isolated = sequence_report(
+        describe_sequence(*_flux2((4, 6), (2, 5)), FLUX2_KLEIN_9B_KV.references)
+    )
+    assert words in isolated.splitlines()[-1]
     bare = describe_sequence(*_flux2((4, 6)), FLUX2_KLEIN_9B_KV.references)
     assert bare["notes"] == []
     assert describe_sequence(*_flux2((4, 6), (2, 5)), FLUX2_DEV.references)["notes"] == []

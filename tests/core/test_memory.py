@@ -10,12 +10,12 @@ from glassbox.flux_core.families import FLUX1_DEV, FLUX2_AUTOENCODER, FLUX2_DEV,
 from glassbox.flux_core.memory import decode_bytes, encode_bytes, plan_bytes, transformer_bytes
 from glassbox.flux_core.specs import FluxFamily, TransformerSpec
 from glassbox.flux_core.transformer.flux import build_flux
-from glassbox.flux_core.transformer.modulation import Shift, StepModulation
+from glassbox.flux_core.transformer.modulation import Modulation, StepModulation
 from glassbox.tests.core.checkpoints import TINY_FLUX1, TINY_FLUX2
 
 
 def vectors_of(modulation: StepModulation) -> list[Tensor]:
-    shifts: list[Shift] = [*modulation.single, modulation.final]
+    shifts: list[Modulation] = [*modulation.single, modulation.final]
     shifts += [shift for block in (*modulation.img, *modulation.txt) for shift in block]
     return [
         vector

@@ -83,11 +83,11 @@ def test_another_count_is_refused_with_both(counts: list[int]) -> None:
     with pytest.raises(ShapeError) as caught:
         places(2, 5).place(sequence(*counts), counts)
     assert "2 references of 2, 5 tokens" in caught.value.found
-    assert "To Conditioning (FLUX)" in caught.value.fix
+    assert caught.value.settings == ("native conditioning", "native positions")
 
 
 def test_references_where_the_conditioning_has_none_are_refused() -> None:
-    with pytest.raises(ShapeError, match="has places for no reference"):
+    with pytest.raises(ShapeError, match="position ids are for no reference"):
         places().place(sequence(2), [2])
 
 

@@ -1,26 +1,19 @@
 """The network against golden numbers, and the promises of the plan."""
 
-import dataclasses
+import copy
 
 import pytest
 import torch
 
-from glassbox.flux_core.errors import FamilyMismatchError, ShapeError
-from glassbox.flux_core.families import (
-    FLUX1_KONTEXT,
-    FLUX1_LATENT,
-    FLUX2_DEV,
-    FLUX2_KLEIN_4B,
-    FLUX2_LATENT,
-)
-from glassbox.flux_core.sampling.denoise import denoise
+from glassbox.flux_core.families import FLUX1_KONTEXT, FLUX1_LATENT
 from glassbox.flux_core.specs import TransformerSpec
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.tokens.pack import latent_tokens
 from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.transformer.modulation import timestep_embedding
-from glassbox.flux_core.transformer.rope import rope_table, rotate
-from glassbox.flux_core.values import Conditioning, TextFeatures
+from glassbox.flux_core.transformer.plan import step_of
+from glassbox.flux_core.transformer.rope import rope_table, rotate, unrotate
+from glassbox.flux_core.values import Conditioning, Reference, TextFeatures
 
 SPEC = TransformerSpec(
     hidden=32,
@@ -53,18 +46,20 @@ def _target(batch=1, rows=3, columns=2):
 
 def _conditioning(batch=1, references=1, guidance=2.5):
     text = TextFeatures(txt=torch.randn(batch, 5, 24), pooled=torch.randn(batch, 12))
-    placed = tuple(place(_target(rows=2), index=1, column=3 * k) for k in range(references))
-    return Conditioning(text=text, references=placed, guidance=guidance)
+    placed = [place(_target(rows=2), index=1, column=3 * k) for k in range(references)]
+    seen = tuple(Reference(tokens=tokens) for tokens in placed)
+    return Conditioning(text=text, references=seen, guidance=guidance)
 
 
 def _published(network, x, target, conditioning, sigma):
-    """Run one step through the published signature, references appended by hand."""
+    """Runs one step through the published signature, references appended by hand."""
     spec = target.latent
-    references = [(one.values - spec.shift) * spec.scale for one in conditioning.references]
+    seen = [one.tokens for one in conditioning.references]
+    references = [(one.values - spec.shift) * spec.scale for one in seen]
     batch = x.shape[0]
     return network(
         torch.cat([x, *(one.expand(batch, -1, -1) for one in references)], dim=1),
-        torch.cat([target.ids, *(one.ids for one in conditioning.references)]),
+        torch.cat([target.ids, *(one.ids for one in seen)]),
         conditioning.text.txt.expand(batch, -1, -1),
         torch.zeros(conditioning.text.txt.shape[1], 3),
         torch.full((batch,), sigma),
@@ -107,34 +102,63 @@ def test_rotation_turns_adjacent_pairs():
     torch.testing.assert_close(rotate(x, rope).flatten(), torch.stack(expected))
 
 
+def test_unrotating_is_the_inverse():
+    ids = torch.rand(7, 3) * 100
+    x, rope = torch.randn(2, 7, 3, 16), rope_table(ids, (4, 6, 6), 10_000.0)
+    torch.testing.assert_close(unrotate(rotate(x, rope), rope), x, atol=1e-6, rtol=0)
+    assert float((rotate(x, rope) - x).abs().max()) > 0.1
+
+
 @pytest.mark.parametrize("references", [0, 1, 2])
 def test_a_plan_of_many_steps_equals_the_published_call_of_one(network, references):
     target, conditioning = _target(), _conditioning(references=references)
     sigmas = torch.tensor([1.0, 0.6, 0.3, 0.0])
     with torch.no_grad():
         plan = network.plan(conditioning, target, sigmas)
-        for step in range(3):
+        for sigma in map(float, sigmas[:-1]):
             x = torch.randn_like(target.values)
-            expected = _published(network, x, target, conditioning, float(sigmas[step]))
-            torch.testing.assert_close(plan.velocity(x, step), expected, atol=1e-6, rtol=0)
+            expected = _published(network, x, target, conditioning, sigma)
+            torch.testing.assert_close(plan.velocity(x, sigma), expected, atol=1e-6, rtol=0)
 
 
 def test_steps_of_a_plan_do_not_depend_on_the_other_steps(network):
     """All modulation is computed up front, yet row by row: the same bits as a plan of one step."""
     target, conditioning, x = _target(), _conditioning(), torch.randn(1, 6, 64)
     with torch.no_grad():
-        many = network.plan(conditioning, target, torch.tensor([1.0, 0.7, 0.2, 0.0]))
-        one = network.plan(conditioning, target, torch.tensor([0.7, 0.0]))
-        assert torch.equal(many.velocity(x, 1), one.velocity(x, 0))
+        many = network.plan(conditioning, target, [1.0, 0.7, 0.2, 0.0])
+        one = network.plan(conditioning, target, [0.7, 0.0])
+        assert torch.equal(many.velocity(x, 0.7), one.velocity(x, 0.7))
+
+
+@pytest.mark.parametrize("sigma", [0.31, 0.999, 0.004])
+def test_a_sigma_that_was_not_planned_equals_one_that_was(network, sigma):
+    target, conditioning, x = _target(), _conditioning(), torch.randn(1, 6, 64)
+    with torch.no_grad():
+        plan = network.plan(conditioning, target, [1.0, 0.7, 0.2, 0.0])
+        assert sigma not in plan.modulations
+        planned = network.plan(conditioning, target, [1.0, 0.7, 0.2, 0.0], asked=[sigma])
+        assert set(planned.modulations) == {sigma}
+        found = plan.velocity(x, sigma)
+        assert torch.equal(found, planned.velocity(x, sigma))
+        of_one_step = network.plan(conditioning, target, [sigma, 0.0])
+        assert torch.equal(found, of_one_step.velocity(x, sigma))
+        assert not torch.equal(found, plan.velocity(x, 0.7))
+
+
+def test_a_sigma_belongs_to_the_step_it_is_inside_of():
+    begins = [1.0, 0.7, 0.2]
+    steps = {1.0: 0, 0.9: 0, 0.7: 1, 0.6999: 1, 0.3: 1, 0.2: 2, 0.001: 2, 0.0: 2}
+    assert {sigma: step_of(sigma, begins) for sigma in steps} == steps
+    assert step_of(0.9, [0.8, 0.4]) == 0, "above the first is the first"
 
 
 def test_one_prompt_serves_a_batch_of_noise(network):
     target, conditioning = _target(batch=3), _conditioning()
     x = torch.randn(3, 6, 64)
     with torch.no_grad():
-        plan = network.plan(conditioning, target, torch.tensor([0.8, 0.0]))
+        plan = network.plan(conditioning, target, [0.8, 0.0])
         expected = _published(network, x, target, conditioning, 0.8)
-        torch.testing.assert_close(plan.velocity(x, 0), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(plan.velocity(x, 0.8), expected, atol=1e-6, rtol=0)
 
 
 def test_modulation_and_blocks_are_asked_for_once_each_and_never_together(network):
@@ -146,86 +170,24 @@ def test_modulation_and_blocks_are_asked_for_once_each_and_never_together(networ
 
     watched = type(network)(FLUX1_KONTEXT, SPEC, network.modulation, network.blocks, ready=ready)
     with torch.no_grad():
-        plans = watched.plans(
-            [_conditioning(), _conditioning()], _target(), torch.tensor([1.0, 0.5, 0.0])
-        )
+        plans = watched.plans([_conditioning(), _conditioning()], _target(), [1.0, 0.5, 0.0])
         asked_before_the_steps = list(asked)
         for plan in plans:
-            plan.velocity(torch.randn(1, 6, 64), 0)
-    assert asked_before_the_steps == [network.modulation, network.blocks]
-    assert asked == asked_before_the_steps, "no step needs the modulation's weights again"
+            plan.velocity(torch.randn(1, 6, 64), 0.5)
+        assert asked_before_the_steps == [network.modulation, network.blocks]
+        assert asked == asked_before_the_steps, "no step needs the modulation's weights again"
+        for _ in range(2):
+            plans[0].velocity(torch.randn(1, 6, 64), 0.3)
+    assert asked[2:] == [network.modulation, network.blocks], "once for a sigma that is not planned"
 
 
 def test_steps_read_no_modulation_weight(network):
     """Exactly the weights of `blocks` are read while sampling: the rest may be freed."""
-    import copy
-
     net = copy.deepcopy(network)
     target, x = _target(), torch.randn(1, 6, 64)
     with torch.no_grad():
-        plan = net.plan(_conditioning(), target, torch.tensor([0.8, 0.0]))
-        before = plan.velocity(x, 0)
+        plan = net.plan(_conditioning(), target, [0.8, 0.0])
+        before = plan.velocity(x, 0.8)
         for parameter in net.modulation.parameters():
             parameter.fill_(float("nan"))
-        assert torch.equal(plan.velocity(x, 0), before)
-
-
-def test_text_of_another_model_is_refused_by_its_widths(network):
-    text = TextFeatures(txt=torch.randn(1, 5, 16), pooled=torch.randn(1, 12))
-    with pytest.raises(FamilyMismatchError, match=r"16 wide.*24 and 12"):
-        network.plan(Conditioning(text=text), _target(), torch.tensor([1.0, 0.0]))
-
-
-@pytest.mark.parametrize(
-    ("family", "widths", "source", "words"),
-    [
-        (FLUX2_KLEIN_4B, (4096, 768), "", r"pooled 768 \(FLUX\.1\).*\[klein\] 4B, from Qwen3 4B"),
-        (
-            FLUX2_KLEIN_4B,
-            (4096, 768),
-            "CLIP-L and T5",
-            r"\(FLUX\.1, from CLIP-L and T5\).*Qwen3 4B",
-        ),
-        (
-            FLUX2_KLEIN_4B,
-            (12288, 0),
-            "Qwen3 8B",
-            r"\(FLUX\.2, from Qwen3 8B\).*FLUX\.2 \[klein\] 4B",
-        ),
-        (FLUX2_DEV, (7680, 0), "", r"\(FLUX\.2\).*FLUX\.2 \[dev\], from Mistral Small 3"),
-        (FLUX1_KONTEXT, (15360, 0), "", r"\(FLUX\.2\).*4096 and 768 for FLUX\.1 Kontext \[dev\]"),
-    ],
-)
-def test_text_of_another_model_is_named_with_both_families(family, widths, source, words):
-    with torch.device("meta"):
-        network = build_flux(family, dataclasses.replace(family.transformer, single_blocks=1))
-    pooled = torch.randn(1, widths[1]) if widths[1] else None
-    text = TextFeatures(txt=torch.randn(1, 5, widths[0]), pooled=pooled, source=source)
-    target = latent_tokens(torch.randn(1, family.latent.channels, 2, 2), family.latent)
-    with pytest.raises(FamilyMismatchError, match=words) as caught:
-        network.plan(Conditioning(text=text), target, torch.tensor([1.0, 0.0]))
-    assert "'Load Text Encoders (FLUX)'" in str(caught.value)
-
-
-def test_a_reference_of_another_latent_is_refused_by_its_number(network):
-    other = dataclasses.replace(FLUX1_LATENT, name="another")
-    references = (_target(), dataclasses.replace(_target(), latent=other))
-    conditioning = dataclasses.replace(_conditioning(references=0), references=references)
-    with pytest.raises(FamilyMismatchError, match="Reference 2 holds another tokens"):
-        network.plan(conditioning, _target(), torch.tensor([1.0, 0.0]))
-
-
-def test_references_and_noise_of_the_other_generation_are_named_with_both(network):
-    other = latent_tokens(torch.randn(1, 128, 2, 2), FLUX2_LATENT)
-    conditioning = dataclasses.replace(_conditioning(references=0), references=(other,))
-    words = r"Reference 1 holds FLUX\.2 tokens.*FLUX\.1 tokens for FLUX\.1 Kontext"
-    with pytest.raises(FamilyMismatchError, match=words):
-        network.plan(conditioning, _target(), torch.tensor([1.0, 0.0]))
-    words = r"noise input holds FLUX\.2 tokens.*FLUX\.1 tokens"
-    with pytest.raises(FamilyMismatchError, match=words):
-        denoise(network, _conditioning(), other, torch.tensor([1.0, 0.0]))
-
-
-def test_batches_that_do_not_match_are_refused(network):
-    with pytest.raises(ShapeError, match="batch of 2, the noise 3"):
-        network.plan(_conditioning(batch=2), _target(batch=3), torch.tensor([1.0, 0.0]))
+        assert torch.equal(plan.velocity(x, 0.8), before)

@@ -5,7 +5,7 @@ import torch
 
 from glassbox.flux_core.errors import SettingError, ShapeError
 from glassbox.flux_core.families import FLUX1_LATENT, FLUX2_LATENT
-from glassbox.flux_core.tokens.ids import image_ids, place, text_ids
+from glassbox.flux_core.tokens.ids import drop_tokens, image_ids, place, text_ids
 from glassbox.flux_core.tokens.pack import latent_tokens, pack_latent, tokens_latent
 from glassbox.flux_core.tokens.references import place_references
 
@@ -80,13 +80,12 @@ def test_three_references_go_where_the_convention_says(spec, placement, corners)
     assert _corners(placed) == corners
 
 
-def test_wired_places_are_kept_and_values_are_never_touched():
+def test_wired_ids_stay_and_values_are_never_touched():
     references = [place(one, index=7, row=1, column=2) for one in _references((2, 2), (3, 1))]
-    for placement in ("as wired", "offset", "index"):
+    for placement in ("as wired", "offset", "index", "auto"):
         placed = place_references(references, placement)
         assert all(a.values is b.values for a, b in zip(placed, references, strict=True))
-    kept = place_references(references, "as wired")
-    assert _corners(kept) == [[7, 1, 2], [7, 1, 2]]
+    assert _corners(place_references(references, "as wired")) == [[7, 1, 2], [7, 1, 2]]
 
 
 def test_the_published_rule_takes_one_reference():
@@ -98,13 +97,72 @@ def test_the_published_rule_takes_one_reference():
         place_references(_references((2, 3), (2, 2)), "single")
 
 
-@pytest.mark.parametrize("placement", ["offset", "index", "single"])
+@pytest.mark.parametrize("placement", ["offset", "index", "single", "auto"])
 def test_one_reference_lies_where_its_model_was_trained_with_it_however_it_is_placed(placement):
     """So that a graph made for Kontext serves FLUX.2 when its loader is changed."""
     for spec, corner in ((FLUX1_LATENT, [1, 0, 0]), (FLUX2_LATENT, [10, 0, 0, 0])):
         assert _corners(place_references(_references((2, 3), spec=spec), placement)) == [corner]
 
 
-@pytest.mark.parametrize("placement", ["as wired", "offset", "index", "single"])
+@pytest.mark.parametrize("placement", ["as wired", "offset", "index", "single", "auto"])
 def test_no_reference_is_text_to_image(placement):
     assert place_references([], placement) == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "rule", "corners"),
+    [
+        (FLUX1_LATENT, "offset", [[1, 0, 0], [1, 0, 6], [1, 9, 0]]),
+        (FLUX2_LATENT, "index", [[10, 0, 0, 0], [20, 0, 0, 0], [30, 0, 0, 0]]),
+    ],
+)
+def test_auto_is_the_rule_of_the_latent_the_references_are_of(spec, rule, corners):
+    references = _references((4, 6), (9, 2), (2, 4), spec=spec)
+    auto, named = (place_references(references, placement) for placement in ("auto", rule))
+    assert _corners(auto) == corners
+    assert all(torch.equal(one.ids, other.ids) for one, other in zip(auto, named, strict=True))
+
+
+def _part(grid, *cells, spec=FLUX1_LATENT):
+    (whole,) = _references(grid, spec=spec)
+    present = torch.zeros(whole.count, dtype=torch.bool)
+    present[list(cells)] = True
+    return whole, drop_tokens(whole, present)
+
+
+def test_dropping_tokens_leaves_values_and_ids_of_the_rest():
+    whole, part = _part((2, 3), 1, 2, 5)
+    assert part.count == 3
+    assert part.grid == (2, 3)
+    assert torch.equal(part.values, whole.values[:, [1, 2, 5]])
+    assert part.ids.tolist() == [[0, 0, 1], [0, 0, 2], [0, 1, 2]]
+    assert part.cells.tolist() == [1, 2, 5]
+    again = drop_tokens(part, torch.tensor([False, True, True]))
+    assert again.cells.tolist() == [2, 5], "cells are of the whole image"
+    assert torch.equal(again.values, whole.values[:, [2, 5]])
+    assert torch.equal(again.ids, whole.ids[[2, 5]])
+
+
+@pytest.mark.parametrize("spec", [FLUX1_LATENT, FLUX2_LATENT])
+@pytest.mark.parametrize("placement", ["as wired", "offset", "index", "single", "auto"])
+def test_placing_moves_the_tokens_that_are_there(spec, placement):
+    whole, part = _part((3, 2), 0, 3, 4, spec=spec)
+    (moved,), (all_moved,) = (place_references([one], placement) for one in (part, whole))
+    assert torch.equal(moved.cells, part.cells)
+    assert moved.values is part.values
+    assert torch.equal(moved.ids, all_moved.ids[[0, 3, 4]])
+
+
+def test_an_image_without_some_of_its_tokens_has_its_whole_size_on_the_canvas():
+    _, part = _part((4, 6), 0)
+    (second,) = _references((9, 2))
+    assert _corners(place_references([part, second], "offset")) == [[1, 0, 0], [1, 0, 6]]
+
+
+def test_dropped_tokens_have_no_latent_and_at_least_one_must_stay():
+    _, part = _part((2, 3), 1, 2, 5)
+    with pytest.raises(ShapeError, match="3 of 6 tokens were dropped"):
+        tokens_latent(part)
+    for present in (torch.zeros(3, dtype=torch.bool), torch.ones(6, dtype=torch.bool)):
+        with pytest.raises(ShapeError, match=r"\(3,\), with at least one present"):
+            drop_tokens(part, present)

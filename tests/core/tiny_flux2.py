@@ -1,5 +1,6 @@
 """A tiny FLUX.2 network with random weights, and what it is fed."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from glassbox.flux_core.sampling.noise import make_noise
 from glassbox.flux_core.specs import FluxFamily
 from glassbox.flux_core.tokens.references import place_references
 from glassbox.flux_core.transformer.flux import Flux, build_flux
-from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens
+from glassbox.flux_core.values import Conditioning, Reference, TextFeatures, Tokens
 
 CONTEXT = 24
 SPEC = replace(
@@ -38,7 +39,7 @@ def noise(seed: int = 0, *, width: int = 48, height: int = 64, batch: int = 1) -
 
 
 def pictures(*seeds: int, batch: int = 1) -> tuple[Tokens, ...]:
-    """References of different sizes at the places FLUX.2 was trained with."""
+    """References of different sizes at the position ids FLUX.2 was trained with."""
     drawn = [
         replace(noise(seed, width=32 + 16 * (seed % 3), height=48, batch=batch), is_noise=False)
         for seed in seeds
@@ -48,7 +49,7 @@ def pictures(*seeds: int, batch: int = 1) -> tuple[Tokens, ...]:
 
 def conditioning(
     seed: int,
-    references: tuple[Tokens, ...] = (),
+    references: Sequence[Tokens] = (),
     *,
     batch: int = 1,
     length: int = 6,
@@ -57,4 +58,5 @@ def conditioning(
     draw = torch.Generator().manual_seed(seed)
     txt = torch.randn(batch, length, CONTEXT, generator=draw)
     text = TextFeatures(txt=txt, pooled=None)
-    return Conditioning(text=text, references=references, guidance=guidance)
+    seen = tuple(Reference(tokens=tokens) for tokens in references)
+    return Conditioning(text=text, references=seen, guidance=guidance)

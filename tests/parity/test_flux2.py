@@ -12,7 +12,7 @@ from glassbox.flux_core.tokens.ids import text_ids
 from glassbox.flux_core.tokens.pack import latent_tokens
 from glassbox.flux_core.tokens.references import place_references
 from glassbox.flux_core.transformer.flux import build_flux
-from glassbox.flux_core.values import Conditioning, TextFeatures
+from glassbox.flux_core.values import Conditioning, Reference, TextFeatures
 from glassbox.flux_core.weights.autoencoder_keys import to_diffusers as autoencoder_to_diffusers
 from glassbox.flux_core.weights.transformer_keys import to_diffusers as transformer_to_diffusers
 from glassbox.tests.parity import flux2_samples as samples
@@ -64,11 +64,12 @@ def test_the_transformer_equals_diffusers(guided, batch, references):
         ).sample[:, : target.values.shape[1]]
         conditioning = Conditioning(
             text=TextFeatures(txt=txt, pooled=None),
-            references=placed,
+            references=tuple(Reference(tokens=one) for one in placed),
             guidance=3.5 if guided else None,
         )
-        plan = ours.plan(conditioning, target, torch.tensor([1.0, float(t), 0.0]))
-        found = plan.velocity(target.values, 1)
+        sigma = float(t)
+        plan = ours.plan(conditioning, target, [1.0, sigma, 0.0])
+        found = plan.velocity(target.values, sigma)
     assert expected.std() > 0.1
     assert (found - expected).abs().max().item() <= TRANSFORMER_TOLERANCE
 

@@ -1,7 +1,7 @@
 """FLUX.2's whole loops against diffusers' three pipelines, tiny random weights, fp32, CPU.
 
 Both sides get the same encoded prompts; text has tests of its own. Everything else on our side is
-ours: encoding, packing, placing, noise, sigmas, guidance, kept references, solver, decoding.
+ours: encoding, packing, placing, noise, sigmas, guidance, cached references, solver, decoding.
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,16 @@ from glassbox.flux_core.families import (
 )
 from glassbox.flux_core.image.autoencoder import Autoencoder
 from glassbox.flux_core.image.pixels import to_image, to_pixels
-from glassbox.flux_core.sampling.denoise import denoise, finish, sampling_notes
 from glassbox.flux_core.sampling.guidance import TrueCFG
+from glassbox.flux_core.sampling.job import Job
 from glassbox.flux_core.sampling.noise import make_noise
+from glassbox.flux_core.sampling.run import finish, run
 from glassbox.flux_core.sampling.sigmas import flux_sigmas
 from glassbox.flux_core.specs import FluxFamily
 from glassbox.flux_core.tokens.pack import latent_tokens, tokens_latent
 from glassbox.flux_core.tokens.references import place_references
 from glassbox.flux_core.transformer.flux import Flux, build_flux
-from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens
+from glassbox.flux_core.values import Conditioning, Reference, TextFeatures
 from glassbox.flux_core.weights.autoencoder_keys import autoencoder_layout
 from glassbox.flux_core.weights.transformer_keys import to_diffusers
 from glassbox.tests.parity import flux2_samples as samples
@@ -38,7 +39,7 @@ GUIDANCE, SEED, TEXT_TOKENS = 3.5, 11, 9
 
 
 @dataclass(frozen=True)
-class Job:
+class Case:
     """One run: sizes are (width, height) in px."""
 
     family: FluxFamily
@@ -49,22 +50,22 @@ class Job:
     steps: int = 4
 
 
-JOBS = {
-    "dev, two references": Job(FLUX2_DEV, ((64, 80), (96, 64))),
-    "dev, no reference": Job(FLUX2_DEV, size=(48, 96), steps=6),
-    "dev, two at once": Job(FLUX2_DEV, ((64, 64),), batch=2),
-    "klein, one reference": Job(FLUX2_KLEIN_4B, ((64, 80),)),
-    "klein, three references": Job(FLUX2_KLEIN_4B, ((64, 80), (96, 64), (64, 64))),
-    "klein, no reference": Job(FLUX2_KLEIN_4B, size=(64, 96)),
-    "base with CFG": Job(FLUX2_KLEIN_BASE_4B, ((64, 80),), cfg=4.0, steps=5),
-    "base with CFG, two references, two at once": Job(
+CASES = {
+    "dev, two references": Case(FLUX2_DEV, ((64, 80), (96, 64))),
+    "dev, no reference": Case(FLUX2_DEV, size=(48, 96), steps=6),
+    "dev, two at once": Case(FLUX2_DEV, ((64, 64),), batch=2),
+    "klein, one reference": Case(FLUX2_KLEIN_4B, ((64, 80),)),
+    "klein, three references": Case(FLUX2_KLEIN_4B, ((64, 80), (96, 64), (64, 64))),
+    "klein, no reference": Case(FLUX2_KLEIN_4B, size=(64, 96)),
+    "base with CFG": Case(FLUX2_KLEIN_BASE_4B, ((64, 80),), cfg=4.0, steps=5),
+    "base with CFG, two references, two at once": Case(
         FLUX2_KLEIN_BASE_4B, ((64, 80), (96, 64)), cfg=2.5, batch=2
     ),
-    "base with CFG, no reference": Job(FLUX2_KLEIN_BASE_4B, cfg=4.0),
-    "KV, one reference": Job(FLUX2_KLEIN_9B_KV, ((64, 80),)),
-    "KV, two references": Job(FLUX2_KLEIN_9B_KV, ((64, 80), (96, 64))),
-    "KV, two references, two at once": Job(FLUX2_KLEIN_9B_KV, ((64, 80), (96, 64)), batch=2),
-    "KV, no reference": Job(FLUX2_KLEIN_9B_KV),
+    "base with CFG, no reference": Case(FLUX2_KLEIN_BASE_4B, cfg=4.0),
+    "KV, one reference": Case(FLUX2_KLEIN_9B_KV, ((64, 80),)),
+    "KV, two references": Case(FLUX2_KLEIN_9B_KV, ((64, 80), (96, 64))),
+    "KV, two references, two at once": Case(FLUX2_KLEIN_9B_KV, ((64, 80), (96, 64)), batch=2),
+    "KV, no reference": Case(FLUX2_KLEIN_9B_KV),
 }
 
 
@@ -127,8 +128,8 @@ def prompt(seed: int) -> Tensor:
     return torch.randn(1, TEXT_TOKENS, samples.CONTEXT, generator=draw)
 
 
-def run_published(job: Job, net: Flux, vae) -> tuple[Tensor, Tensor]:
-    """Give the last latent tokens, and the pictures (B, H, W, 3)."""
+def run_published(case: Case, net: Flux, vae) -> tuple[Tensor, Tensor]:
+    """Returns the last latent tokens, and the pictures (B, H, W, 3)."""
     seen: list[Tensor] = []
 
     def remember(pipeline, step: int, timestep: Tensor, values: dict[str, Tensor]):
@@ -136,40 +137,41 @@ def run_published(job: Job, net: Flux, vae) -> tuple[Tensor, Tensor]:
         return values
 
     settings = {}
-    if job.family.guidance == "embedded":
+    if case.family.guidance == "embedded":
         settings["guidance_scale"] = GUIDANCE
-    elif job.family.guidance == "true cfg":
-        settings = {"guidance_scale": job.cfg, "negative_prompt_embeds": prompt(2)}
-    pictures = published(job.family, net, vae)(
-        image=[samples.picture(*size) for size in job.references] or None,
+    elif case.family.guidance == "true cfg":
+        settings = {"guidance_scale": case.cfg, "negative_prompt_embeds": prompt(2)}
+    pictures = published(case.family, net, vae)(
+        image=[samples.picture(*size) for size in case.references] or None,
         prompt_embeds=prompt(1),
-        width=job.size[0],
-        height=job.size[1],
-        num_inference_steps=job.steps,
-        num_images_per_prompt=job.batch,
+        width=case.size[0],
+        height=case.size[1],
+        num_inference_steps=case.steps,
+        num_images_per_prompt=case.batch,
         generator=torch.Generator().manual_seed(SEED),
         output_type="pt",
         callback_on_step_end=remember,
         **settings,
     ).images
-    assert len(seen) == job.steps
+    assert len(seen) == case.steps
     return seen[-1], pictures.permute(0, 2, 3, 1)
 
 
-def encoded(autoencoder: Autoencoder, job: Job) -> tuple[Tokens, ...]:
-    tokens: list[Tokens] = []
-    for size in job.references:
+def encoded(autoencoder: Autoencoder, case: Case) -> tuple[Reference, ...]:
+    tokens = []
+    for size in case.references:
         image = torch.from_numpy(np.array(samples.picture(*size)))[None].float() / 255
-        tokens.append(latent_tokens(autoencoder.encode(to_pixels(image)), job.family.latent))
-    return place_references(tokens, job.family.references.placement)
+        tokens.append(latent_tokens(autoencoder.encode(to_pixels(image)), case.family.latent))
+    placed = place_references(tokens, "auto")
+    return tuple(Reference(tokens=one) for one in placed)
 
 
 @torch.no_grad()
 def run_ours(
-    job: Job, net: Flux, autoencoder: Autoencoder, passes: str = "batched"
+    case: Case, net: Flux, autoencoder: Autoencoder, passes: str = "batched"
 ) -> tuple[Tensor, Tensor]:
-    family = job.family
-    references = encoded(autoencoder, job)
+    family = case.family
+    references = encoded(autoencoder, case)
 
     def condition(seed: int) -> Conditioning:
         guidance = GUIDANCE if family.guidance == "embedded" else None
@@ -177,24 +179,25 @@ def run_ours(
         return Conditioning(text=text, references=references, guidance=guidance)
 
     cfg = None
-    if job.cfg > 1:
-        cfg = TrueCFG(negative=condition(2), scale=job.cfg, passes=passes)
-    noise = make_noise(family.latent, job.size[1], job.size[0], SEED, job.batch)
-    sigmas = flux_sigmas(family.schedule, noise.ids.shape[0], job.steps)
-    assert sampling_notes(net, condition(1), steps=job.steps, cfg=cfg, noise=noise) == ()
-    *_, last = denoise(net, condition(1), noise, sigmas, cfg=cfg)
+    if case.cfg > 1:
+        cfg = TrueCFG(negative=condition(2), scale=case.cfg, passes=passes)
+    noise = make_noise(family.latent, case.size[1], case.size[0], SEED, case.batch)
+    sigmas = flux_sigmas(family.schedule, noise.ids.shape[0], case.steps)
+    ours = run(net, Job(conditioning=condition(1), noise=noise, sigmas=sigmas, cfg=cfg))
+    assert ours.notes == ()
+    *_, last = ours
     return last.x, to_image(autoencoder.decode(tokens_latent(finish(last.x, noise))))
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", CASES)
 def test_the_whole_loop_equals_the_published_pipeline(vae, autoencoder, name: str) -> None:
-    job = JOBS[name]
-    net = network(job.family)
-    latents, pictures = run_published(job, net, vae)
+    case = CASES[name]
+    net = network(case.family)
+    latents, pictures = run_published(case, net, vae)
     assert latents.std() > 0.1  # the comparison is not one of zeros
     assert pictures.std() > 0.01
-    for passes in ("batched", "in turn") if job.cfg > 1 else ("in turn",):
-        our_latents, our_pictures = run_ours(job, net, autoencoder, passes)
+    for passes in ("batched", "in turn") if case.cfg > 1 else ("in turn",):
+        our_latents, our_pictures = run_ours(case, net, autoencoder, passes)
         torch.testing.assert_close(our_latents, latents, atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(our_pictures, pictures, atol=TOLERANCE, rtol=0)
 
@@ -207,16 +210,16 @@ def test_the_whole_loop_equals_the_published_pipeline(vae, autoencoder, name: st
 def test_every_reference_changes_the_result(autoencoder, family: FluxFamily, cfg: float) -> None:
     """Otherwise the comparison above would pass with a part left out on both sides."""
     net, sizes = network(family), ((64, 80), (96, 64))
-    whole, _ = run_ours(Job(family, sizes, cfg=cfg), net, autoencoder)
+    whole, _ = run_ours(Case(family, sizes, cfg=cfg), net, autoencoder)
     for less in ((), sizes[:1], sizes[1:], sizes[::-1]):
-        other, _ = run_ours(Job(family, less, cfg=cfg), net, autoencoder)
+        other, _ = run_ours(Case(family, less, cfg=cfg), net, autoencoder)
         assert float((other - whole).abs().max()) > 100 * TOLERANCE
 
 
-def test_the_kept_way_differs_from_full_attention(autoencoder) -> None:
+def test_isolated_references_differ_from_full_attention(autoencoder) -> None:
     """The same weights without the rule give another picture: a KV model needs its own family."""
     net = network(FLUX2_KLEIN_9B_KV)
-    kept, _ = run_ours(Job(FLUX2_KLEIN_9B_KV, ((64, 80),)), net, autoencoder)
+    isolated, _ = run_ours(Case(FLUX2_KLEIN_9B_KV, ((64, 80),)), net, autoencoder)
     net.family = FLUX2_KLEIN_4B
-    full, _ = run_ours(Job(FLUX2_KLEIN_4B, ((64, 80),)), net, autoencoder)
-    assert float((full - kept).abs().max()) > 100 * TOLERANCE
+    full, _ = run_ours(Case(FLUX2_KLEIN_4B, ((64, 80),)), net, autoencoder)
+    assert float((full - isolated).abs().max()) > 100 * TOLERANCE

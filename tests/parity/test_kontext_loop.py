@@ -18,15 +18,16 @@ from torch import Tensor
 from glassbox.flux_core.families import FLUX1_KONTEXT, FLUX1_LATENT
 from glassbox.flux_core.image.autoencoder import Autoencoder
 from glassbox.flux_core.image.pixels import to_image, to_pixels
-from glassbox.flux_core.sampling.denoise import denoise, finish
 from glassbox.flux_core.sampling.guidance import TrueCFG
+from glassbox.flux_core.sampling.job import Job
 from glassbox.flux_core.sampling.noise import make_noise
+from glassbox.flux_core.sampling.run import finish, run
 from glassbox.flux_core.sampling.sigmas import flux_sigmas
 from glassbox.flux_core.text.encoders import TextEncoders
 from glassbox.flux_core.tokens.pack import latent_tokens, tokens_latent
 from glassbox.flux_core.tokens.references import place_references
 from glassbox.flux_core.transformer.flux import Flux
-from glassbox.flux_core.values import Conditioning
+from glassbox.flux_core.values import Conditioning, Reference
 from glassbox.flux_core.weights.load import load_autoencoder, load_flux
 from glassbox.flux_core.weights.text_encoders import load_text_encoders
 from glassbox.tests.parity import text_samples as samples
@@ -125,7 +126,7 @@ def picture(width: int, height: int) -> PILImage.Image:
 
 
 @dataclass(frozen=True)
-class Job:
+class Case:
     width: int
     height: int
     reference: tuple[int, int] | None = None  # width, height
@@ -135,8 +136,8 @@ class Job:
     batch: int = 1
 
 
-def run_published(both: Both, job: Job) -> tuple[Tensor, Tensor]:
-    """Give the last latent tokens, and the pictures (B, H, W, 3).
+def run_published(both: Both, case: Case) -> tuple[Tensor, Tensor]:
+    """Returns the last latent tokens, and the pictures (B, H, W, 3).
 
     Only what the pipeline would otherwise change by itself (sizes) is switched off.
     """
@@ -147,21 +148,21 @@ def run_published(both: Both, job: Job) -> tuple[Tensor, Tensor]:
         return values
 
     pictures = both.published(
-        image=picture(*job.reference) if job.reference else None,
+        image=picture(*case.reference) if case.reference else None,
         prompt=PROMPT,
-        prompt_2=job.prompt_2 or None,
-        negative_prompt=NEGATIVE if job.cfg > 1 else None,
-        negative_prompt_2=job.negative_2 or None,
-        true_cfg_scale=job.cfg,
-        width=job.width,
-        height=job.height,
+        prompt_2=case.prompt_2 or None,
+        negative_prompt=NEGATIVE if case.cfg > 1 else None,
+        negative_prompt_2=case.negative_2 or None,
+        true_cfg_scale=case.cfg,
+        width=case.width,
+        height=case.height,
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
-        num_images_per_prompt=job.batch,
+        num_images_per_prompt=case.batch,
         generator=torch.Generator().manual_seed(SEED),
         output_type="pt",
         callback_on_step_end=remember,
-        max_area=job.width * job.height,
+        max_area=case.width * case.height,
         _auto_resize=False,
     ).images
     assert len(seen) == STEPS
@@ -169,64 +170,66 @@ def run_published(both: Both, job: Job) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def run_ours(both: Both, job: Job, passes: str = "batched") -> tuple[Tensor, Tensor]:
-    """Give the last latent tokens in the transformer's scale, and the pictures."""
+def run_ours(both: Both, case: Case, passes: str = "batched") -> tuple[Tensor, Tensor]:
+    """Returns the last latent tokens in the transformer's scale, and the pictures."""
     family = both.network.family
     references = ()
-    if job.reference:
-        image = torch.from_numpy(np.array(picture(*job.reference)))[None].float() / 255
+    if case.reference:
+        image = torch.from_numpy(np.array(picture(*case.reference)))[None].float() / 255
         latent = both.autoencoder.encode(to_pixels(image))
-        references = place_references([latent_tokens(latent, family.latent)], "single")
+        (placed,) = place_references([latent_tokens(latent, family.latent)], "single")
+        references = (Reference(tokens=placed),)
 
     def condition(prompt: str, prompt_2: str) -> Conditioning:
         text = both.encoders.encode(prompt, prompt_2)
         return Conditioning(text=text, references=references, guidance=GUIDANCE)
 
     cfg = None
-    if job.cfg > 1:
-        negative = condition(NEGATIVE, job.negative_2)
-        cfg = TrueCFG(negative=negative, scale=job.cfg, passes=passes)
-    noise = make_noise(family.latent, job.height, job.width, SEED, job.batch)
+    if case.cfg > 1:
+        negative = condition(NEGATIVE, case.negative_2)
+        cfg = TrueCFG(negative=negative, scale=case.cfg, passes=passes)
+    noise = make_noise(family.latent, case.height, case.width, SEED, case.batch)
     sigmas = flux_sigmas(family.schedule, noise.ids.shape[0], STEPS)
-    *_, last = denoise(both.network, condition(PROMPT, job.prompt_2), noise, sigmas, cfg=cfg)
+    positive = condition(PROMPT, case.prompt_2)
+    *_, last = run(both.network, Job(conditioning=positive, noise=noise, sigmas=sigmas, cfg=cfg))
     return last.x, to_image(both.autoencoder.decode(tokens_latent(finish(last.x, noise))))
 
 
-JOBS = {
-    "text to image": Job(64, 64),
-    "edit": Job(64, 96, reference=(96, 64)),
-    "edit with prompt_2": Job(80, 64, reference=(64, 64), prompt_2=OTHER),
-    "true cfg": Job(64, 64, reference=(48, 80), cfg=4.0),
-    "true cfg with both second prompts": Job(
+CASES = {
+    "text to image": Case(64, 64),
+    "edit": Case(64, 96, reference=(96, 64)),
+    "edit with prompt_2": Case(80, 64, reference=(64, 64), prompt_2=OTHER),
+    "true cfg": Case(64, 64, reference=(48, 80), cfg=4.0),
+    "true cfg with both second prompts": Case(
         96, 48, reference=(64, 64), prompt_2=OTHER, cfg=3.5, negative_2=OTHER_NEGATIVE
     ),
-    "true cfg without a reference": Job(64, 48, cfg=2.0, negative_2=OTHER_NEGATIVE),
-    "two at once": Job(64, 64, reference=(64, 48), cfg=2.0, batch=2),
+    "true cfg without a reference": Case(64, 48, cfg=2.0, negative_2=OTHER_NEGATIVE),
+    "two at once": Case(64, 64, reference=(64, 48), cfg=2.0, batch=2),
 }
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", CASES)
 def test_the_whole_loop_equals_the_published_pipeline(both: Both, name: str) -> None:
-    job = JOBS[name]
-    latents, pictures = run_published(both, job)
+    case = CASES[name]
+    latents, pictures = run_published(both, case)
     assert latents.std() > 0.1  # the comparison is not one of zeros
     assert pictures.std() > 0.01
-    for passes in ("batched", "in turn") if job.cfg > 1 else ("in turn",):
-        our_latents, our_pictures = run_ours(both, job, passes)
+    for passes in ("batched", "in turn") if case.cfg > 1 else ("in turn",):
+        our_latents, our_pictures = run_ours(both, case, passes)
         torch.testing.assert_close(our_latents, latents, atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(our_pictures, pictures, atol=TOLERANCE, rtol=0)
 
 
 def test_every_part_of_the_job_changes_the_result(both: Both) -> None:
     """Otherwise the comparison above would pass with a part left out on both sides."""
-    whole = Job(64, 64, reference=(64, 64), prompt_2=OTHER, cfg=3.5, negative_2=OTHER_NEGATIVE)
+    whole = Case(64, 64, reference=(64, 64), prompt_2=OTHER, cfg=3.5, negative_2=OTHER_NEGATIVE)
     base, _ = run_ours(both, whole)
     less = {
-        "reference": Job(64, 64, prompt_2=OTHER, cfg=3.5, negative_2=OTHER_NEGATIVE),
-        "prompt_2": Job(64, 64, reference=(64, 64), cfg=3.5, negative_2=OTHER_NEGATIVE),
-        "negative": Job(64, 64, reference=(64, 64), prompt_2=OTHER),
-        "negative_2": Job(64, 64, reference=(64, 64), prompt_2=OTHER, cfg=3.5),
+        "reference": Case(64, 64, prompt_2=OTHER, cfg=3.5, negative_2=OTHER_NEGATIVE),
+        "prompt_2": Case(64, 64, reference=(64, 64), cfg=3.5, negative_2=OTHER_NEGATIVE),
+        "negative": Case(64, 64, reference=(64, 64), prompt_2=OTHER),
+        "negative_2": Case(64, 64, reference=(64, 64), prompt_2=OTHER, cfg=3.5),
     }
-    for part, job in less.items():
-        difference = float((run_ours(both, job)[0] - base).abs().max())
+    for part, case in less.items():
+        difference = float((run_ours(both, case)[0] - base).abs().max())
         assert difference > 100 * TOLERANCE, part

@@ -1,4 +1,4 @@
-"""Whole runs of klein KV with references: ours with what an earlier run kept, and the peers'."""
+"""Whole runs of klein KV with references: ours with what an earlier run cached, and the peers'."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from glassbox.flux_core.families import FLUX2_KLEIN_9B_KV
 from glassbox.flux_core.sampling.sigmas import flux_sigmas
 from glassbox.flux_core.tokens.pack import pack_latent, unpack_tokens
-from glassbox.flux_core.transformer.blocks import KeyValue
-from glassbox.flux_core.transformer.plan import ReferencePass
+from glassbox.flux_core.transformer.references import KeyValue, ReferencePass
 from glassbox.flux_core.values import Tokens
 
 from .networks import Inputs, Networks, build
@@ -29,7 +28,7 @@ SPEC = replace(
 )
 
 
-def build_kept(dtype: torch.dtype) -> Networks:
+def build_cached(dtype: torch.dtype) -> Networks:
     networks = build(FLUX2_KLEIN_9B_KV, SPEC, dtype)
     theirs: Any = networks.diffusers
     for block in theirs.transformer_blocks:
@@ -48,17 +47,17 @@ class _Model(nn.Module):
 
 
 @dataclass
-class KeptRun:
+class CachedRun:
     """Four Euler steps over the same references."""
 
     networks: Networks
     inputs: Inputs
     sigmas: Tensor
-    kept: dict[tuple[int, ...], tuple[KeyValue, ...]]
+    cached: dict[tuple[int, ...], tuple[KeyValue, ...]]
     comfy_options: dict[str, Any]
 
     @classmethod
-    def make(cls, networks: Networks, references: int) -> "KeptRun":
+    def make(cls, networks: Networks, references: int) -> "CachedRun":
         inputs = Inputs.make(networks, SIDE_TOKENS, references, TEXT_TOKENS)
         sigmas = flux_sigmas(FLUX2_KLEIN_9B_KV.schedule, SIDE_TOKENS**2, STEPS)
         cpu = torch.device("cpu")
@@ -71,25 +70,25 @@ class KeptRun:
     def ours(self) -> Tensor:
         """A new prompt or seed with references seen before."""
         network = self.networks.ours
-        network.keep = self._keep
+        network.reference_cache = self._cache
         plan = network.plan(self.inputs.conditioning, self.inputs.target, self.sigmas)
         x = self.inputs.target.values
-        for step, (here, there) in enumerate(pairwise(self.sigmas)):
-            x = x + (there - here) * plan.velocity(x, step)
+        for here, there in pairwise(map(float, self.sigmas)):
+            x = x + (there - here) * plan.velocity(x, here)
         return x
 
-    def _keep(
+    def _cache(
         self, references: tuple[Tokens, ...], computed: ReferencePass
     ) -> tuple[KeyValue, ...]:
         key = tuple(map(id, references))
-        if key not in self.kept:
-            self.kept[key] = tuple(computed)
-        return self.kept[key]
+        if key not in self.cached:
+            self.cached[key] = tuple(computed)
+        return self.cached[key]
 
     def diffusers(self) -> Tensor:
         """As Flux2KleinKVPipeline: keys and values from step 0."""
         inputs, network = self.inputs, self.networks.diffusers
-        placed, latent = inputs.conditioning.references, inputs.target.latent
+        latent = inputs.target.latent
         seen = torch.cat([pack_latent(one, latent) for one in inputs.references], dim=1)
         common = {
             "encoder_hidden_states": inputs.conditioning.text.txt,
@@ -102,7 +101,7 @@ class KeptRun:
             if step == 0:
                 velocity, cache = network(
                     hidden_states=torch.cat((seen, x), dim=1),
-                    img_ids=torch.cat([*(one.ids for one in placed), inputs.target.ids])[None],
+                    img_ids=torch.cat([*inputs.ids(), inputs.target.ids])[None],
                     timestep=here[None],
                     kv_cache_mode="extract",
                     num_ref_tokens=seen.shape[1],
