@@ -95,8 +95,8 @@ class ReferenceConditioner(Node):
             latent = placed[0].latent
             notes.append(f"placement is {latent.placement}, the default of {latent.name}.")
         host.notify(notes)
-        references = tuple(Reference(tokens=one) for one in placed)
-        return io.NodeOutput(Conditioning(text=features, references=references, guidance=strength))
+        seen = tuple(Reference(tokens=one) for one in placed)
+        return io.NodeOutput(Conditioning(text=features, references=seen, guidance=strength))
 
 
 def _is_tokens_by_name(wired: object) -> bool:

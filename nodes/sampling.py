@@ -29,6 +29,7 @@ def _solver_input() -> io.Combo.Input:
 
 
 def reference_kv_input() -> io.Combo.Input:
+    """How keys and values of isolated references are cached."""
     return io.Combo.Input(
         "reference_kv",
         options=list(REFERENCE_KV),

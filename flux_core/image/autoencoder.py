@@ -76,12 +76,13 @@ class _ResBlock(nn.Module):
 
 def attend_cells(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Single-head attention over all cells, by PyTorch: q, k, v and result (B, C, h, w)."""
-    seen = [
+    shape = q.shape
+    q, k, v = (
         one.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()  # (B, 1, h w, C)
         for one in (q, k, v)
-    ]
-    attended = F.scaled_dot_product_attention(*seen)
-    return attended.squeeze(1).transpose(1, 2).reshape(q.shape)
+    )
+    attended = F.scaled_dot_product_attention(q, k, v)
+    return attended.squeeze(1).transpose(1, 2).reshape(shape)
 
 
 class _Attention(nn.Module):

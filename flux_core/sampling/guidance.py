@@ -280,7 +280,8 @@ def _same_positions(one: Tokens, other: Tokens) -> bool:
 
 
 def _how_seen(one: Reference) -> tuple[object, ...]:
-    return one.strength, one.steps, one.blocks, None if one.mask is None else one.mask.tolist()
+    mask = None if one.mask is None else one.mask.cpu().numpy().tobytes()
+    return one.strength, one.steps, one.blocks, mask
 
 
 def _stack(what: str, negative: Tensor, positive: Tensor, batch: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from ..errors import CheckpointError, SettingError
@@ -81,14 +81,22 @@ def read_job(path: Path) -> Job:
             sigmas=torch.tensor(written["sigmas"], dtype=torch.float32),
             solver=written["solver"],
             start=None if written["start"] is None else _tokens_in(written["start"], tensors),
-            cfg=None
-            if cfg is None
-            else TrueCFG(**{**cfg, "negative": _conditioning_in(cfg["negative"], tensors)}),
+            cfg=None if cfg is None else _cfg_in(cfg, tensors),
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise _no_job(path, f"{type(error).__name__}: {error}") from error
+
+
+def _cfg_in(written: _Json, tensors: dict[str, Tensor]) -> TrueCFG:
+    return TrueCFG(
+        negative=_conditioning_in(written["negative"], tensors),
+        scale=written["scale"],
+        start=written["start"],
+        end=written["end"],
+        passes=written["passes"],
+    )
 
 
 def _no_job(path: Path, found: str) -> CheckpointError:

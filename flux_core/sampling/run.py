@@ -1,6 +1,6 @@
 """The one way to sample: check a job, plan it, step, and return an image's tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from .guidance import Guided, Network, guided
 from .job import Job
 from .notes import run_notes
 from .sigmas import check_sigmas
-from .solvers import SOLVERS, Step
+from .solvers import SOLVERS, Steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class Run:
     sigmas: Sequence[float]
     notes: tuple[str, ...]  # what it does that its settings may not lead one to expect
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Steps:
         """Yields every step; the x of the last is the image, which `finish` turns into tokens."""
         steps = torch.no_grad()(SOLVERS[self.job.solver].steps)
         return steps(self.plan.velocity, self.x, self.sigmas, self._edit)

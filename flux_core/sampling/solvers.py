@@ -6,7 +6,7 @@ whoever runs it owns progress, previews and interruption. The image as seen from
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias
@@ -34,9 +34,10 @@ class Step:
     denoised: TokenValues  # (B, N, D) float32, the image as seen from the step's beginning
 
 
-def euler(
-    velocity: Velocity, x: TokenValues, sigmas: Sequence[float], edit: Edit
-) -> Iterator[Step]:
+Steps: TypeAlias = Generator[Step, None, None]
+
+
+def euler(velocity: Velocity, x: TokenValues, sigmas: Sequence[float], edit: Edit) -> Steps:
     """Follows the velocity in straight lines: one evaluation a step, first order.
 
     Args:
@@ -57,7 +58,7 @@ def euler(
         yield _step(index, sigmas, x, denoised)
 
 
-def heun(velocity: Velocity, x: TokenValues, sigmas: Sequence[float], edit: Edit) -> Iterator[Step]:
+def heun(velocity: Velocity, x: TokenValues, sigmas: Sequence[float], edit: Edit) -> Steps:
     """Averages the velocity at both ends of each step: two evaluations a step, second order.
 
     A step to sigma 0, where no velocity exists, is an Euler step: S steps cost 2 S - 1
@@ -75,9 +76,7 @@ def heun(velocity: Velocity, x: TokenValues, sigmas: Sequence[float], edit: Edit
         yield _step(index, sigmas, x, denoised)
 
 
-def dpmpp_2m(
-    velocity: Velocity, x: TokenValues, sigmas: Sequence[float], edit: Edit
-) -> Iterator[Step]:
+def dpmpp_2m(velocity: Velocity, x: TokenValues, sigmas: Sequence[float], edit: Edit) -> Steps:
     """DPM-Solver++ (2M): one evaluation a step, second order by the step before.
 
     In the time h = log(sigma / sigma_next), in which the flow's ODE is the paper's. The first
@@ -99,9 +98,7 @@ def dpmpp_2m(
         before, h_before = denoised, -math.log(ratio) if sigma_next > 0.0 else 0.0
 
 
-def res_multistep(
-    velocity: Velocity, x: TokenValues, sigmas: Sequence[float], edit: Edit
-) -> Iterator[Step]:
+def res_multistep(velocity: Velocity, x: TokenValues, sigmas: Sequence[float], edit: Edit) -> Steps:
     """RES, multistep and deterministic: one evaluation a step, second order by the step before.
 
     Exponential integrator with h = log(sigma / sigma_next) and the functions phi_1, phi_2; the
@@ -149,7 +146,7 @@ def where_steps_begin(sigmas: Sequence[float]) -> Sequence[float]:
 class Solver:
     """A solver, and the noise levels it will ask for, so that modulation is computed up front."""
 
-    steps: Callable[[Velocity, TokenValues, Sequence[float], Edit], Iterator[Step]]
+    steps: Callable[[Velocity, TokenValues, Sequence[float], Edit], Steps]
     asks: Callable[[Sequence[float]], Sequence[float]] = where_steps_begin
 
 

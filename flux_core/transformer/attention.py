@@ -88,7 +88,7 @@ def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         attended, lse, *_ = kernel(q, k, v, None, True)
         return attended, lse[..., :count]  # the kernel pads it
     size = max(1, _MATH_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
-    pieces = [_by_hand(piece, k, v) for piece in q.split(size, dim=2)]
+    pieces = [_by_hand(q[:, :, at : at + size], k, v) for at in range(0, count, size)]
     return torch.cat([one for one, _ in pieces], 2), torch.cat([one for _, one in pieces], 2)
 
 

@@ -36,13 +36,17 @@ class _Recorder:
         self._seen: KeyValue | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
-        self._seen = KeyValue(k, v.contiguous())  # v is a view into a wide projection
+        self._record(k, v)
         return self.attention(q, k, v, where) if q.shape[1] else q.flatten(2)
 
     def with_lse(
         self, q: Tensor, k: Tensor, v: Tensor, where: Where
     ) -> tuple[Tensor, Tensor] | None:
+        self._record(k, v)
         return self.attention.with_lse(q, k, v, where)
+
+    def _record(self, k: Tensor, v: Tensor) -> None:
+        self._seen = KeyValue(k, v.contiguous())  # v is a view into a wide projection
 
     def take(self) -> KeyValue:
         seen, self._seen = self._seen, None
@@ -63,22 +67,26 @@ class JoinedReferences:
         self, attention: Attention, cached: Iterable[KeyValue], sequence: TokenSequence
     ) -> None:
         self.attention, self.name, self.sequence = attention, attention.name, sequence
-        self._cached = iter(cached)
+        self._cached, self._block = iter(cached), -1
         self._range = sequence.range_of("reference")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         """Attends to the block's own tokens and the references; see `Attention`."""
-        return self.attention(q, *self._join(k, v), replace(where, keys=self.sequence))
+        return self.attention(q, *self._join(k, v, where), replace(where, keys=self.sequence))
 
     def with_lse(
         self, q: Tensor, k: Tensor, v: Tensor, where: Where
     ) -> tuple[Tensor, Tensor] | None:
         """The same with the log-sum-exp; see `Attention`."""
-        return self.attention.with_lse(q, *self._join(k, v), replace(where, keys=self.sequence))
+        return self.attention.with_lse(
+            q, *self._join(k, v, where), replace(where, keys=self.sequence)
+        )
 
-    def _join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        cached, at = next(self._cached), self._range.start
-        return _insert(k, cached.key, at), _insert(v, cached.value, at)
+    def _join(self, k: Tensor, v: Tensor, where: Where) -> tuple[Tensor, Tensor]:
+        if where.block != self._block:  # a block may ask twice: for the lse, then without
+            self._block, self._here = where.block, next(self._cached)
+        at = self._range.start
+        return _insert(k, self._here.key, at), _insert(v, self._here.value, at)
 
 
 def _insert(own: Tensor, cached: Tensor, at: int) -> Tensor:

@@ -46,7 +46,8 @@ class Guider:
         reference_kv: ReferenceKV = "auto",
     ) -> None:
         self.handle, self.conditioning = handle, conditioning
-        self.settings, self.reference_kv = cfg, reference_kv
+        self.settings = cfg
+        self.reference_kv: ReferenceKV = reference_kv
         self.cfg = 1.0 if cfg is None else cfg.scale
         self.model_patcher = host.SampledPatcher(handle.family.latent, handle.device)
         self.inner_model = self.model_patcher.model
