@@ -210,7 +210,7 @@ def _partly(bench: StoredBench, path: Path) -> Answer:
     finally:
         bench.host.bring = bring
     back = bench.pictures(handle)
-    bench.host.send_away(handle.patcher)
+    bench.host.unload(handle.patcher)
     gone = handle.patcher.loaded_size()
     return {
         "waiting": left[-1] < 0.7 * whole and whole > 0,
