@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def comfy() -> Iterator["Comfy"]:
     """One real ComfyUI with the pack linked in, shared by all graph and browser tests."""
-    from glassbox.tests.graph.server import FOR_TESTS, Comfy
+    from glassbox.tests.graph.server import FOR_TESTS, NATIVE_PARTS, Comfy
 
-    with Comfy.start(packs=[FOR_TESTS]) as server:
+    with Comfy.start(packs=[FOR_TESTS, NATIVE_PARTS]) as server:
         yield server
 
 

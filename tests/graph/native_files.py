@@ -33,17 +33,21 @@ LORA_FILES = {"FLUX.1": "style-kontext.safetensors", "FLUX.2": "style-klein.safe
 CONTROL_FILE = "control.safetensors"
 CLIP_KEY = "text_model.encoder.layers.0.mlp.fc1"
 CLIP_STRENGTH = 0.5
+FOLDER = "native"  # below ComfyUI's: other tests have other files under these names
 QWEN_LAYERS = 28  # one more than FLUX.2 reads, as ComfyUI's class wants
 State = dict[str, Tensor]
 
 
 def make_native_files(models: Path, inputs: Path) -> None:
-    """Write every file into ComfyUI's folders, and a small photograph."""
-    for name in ("diffusion_models", "text_encoders", "vae", "loras", "controlnet"):
-        (models / name).mkdir(parents=True, exist_ok=True)
-    _transformers(models / "diffusion_models", models / "loras")
-    _text_encoders(models / "text_encoders", models / "loras")
-    tiny.save(control_net_state(tiny.TRANSFORMER), models / "controlnet" / CONTROL_FILE)
+    """Write every file, and small photographs, into a folder of their own in each of ComfyUI's."""
+    names = ("diffusion_models", "text_encoders", "vae", "loras", "controlnet")
+    diffusion, text, vae, loras, control = (models / name / FOLDER for name in names)
+    inputs = inputs / FOLDER
+    for folder in (diffusion, text, vae, loras, control, inputs):
+        folder.mkdir(parents=True)
+    _transformers(diffusion, loras)
+    _text_encoders(text, loras)
+    tiny.save(control_net_state(tiny.TRANSFORMER), control / CONTROL_FILE)
     autoencoders = {
         "ae.safetensors": tiny.autoencoder_state(FLUX1_AUTOENCODER),
         tiny_flux2.AUTOENCODER_FILE: tiny_flux2.autoencoder_state(FLUX2_AUTOENCODER),
@@ -53,7 +57,7 @@ def make_native_files(models: Path, inputs: Path) -> None:
             key: tensor.bfloat16() if tensor.is_floating_point() else tensor
             for key, tensor in state.items()
         }
-        tiny.save(half, models / "vae" / name)
+        tiny.save(half, vae / name)
     picture = Image.radial_gradient("L").resize((100, 70)).convert("RGB")
     picture.save(inputs / "example.png")
     picture.rotate(90).resize((64, 80)).save(inputs / "nano_scene_2.png")

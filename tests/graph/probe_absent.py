@@ -7,9 +7,7 @@ run, or no bad input, here makes the probe fail.
 import asyncio
 import copy
 import hashlib
-import json
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,18 +28,14 @@ LAYER = "single_blocks.0.linear1"
 Answer = dict[str, Any]
 
 
-def main() -> None:
-    probe.load_comfyui()
+def main(scratch: Path) -> Answer:
     import folder_paths
-    import torch
 
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        folder_paths.add_model_folder_path("loras", scratch)
-        if sys.argv[1] == "without":
-            folder_paths.add_model_folder_path("diffusion_models", str(NANO))
-            print(json.dumps({"all": Native(Path(scratch)).all_graphs()}))
-            return
-        print(json.dumps(_with_the_pack(Path(scratch))))
+    folder_paths.add_model_folder_path("loras", str(scratch))
+    if sys.argv[1] == "without":
+        folder_paths.add_model_folder_path("diffusion_models", str(NANO))
+        return {"all": Native(scratch).all_graphs()}
+    return _with_the_pack(scratch)
 
 
 def _with_the_pack(scratch: Path) -> Answer:
@@ -215,4 +209,4 @@ def _digest(latent: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

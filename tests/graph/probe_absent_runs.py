@@ -46,9 +46,7 @@ class Runs:
         """Tiny models of every kind, and files that are none."""
         import folder_paths
 
-        pack = types.ModuleType("glassbox")
-        pack.__path__ = [str(probe.ROOT)]
-        sys.modules["glassbox"] = pack
+        probe.load_glassbox()
         from glassbox.tests.graph import tiny
 
         tiny.make_models(scratch)

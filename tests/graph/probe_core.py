@@ -3,13 +3,9 @@
 It compares ComfyUI's modules before and after, and sees models and plans being freed.
 """
 
-import asyncio
 import gc
 import importlib
-import json
 import sys
-import tempfile
-import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -42,24 +38,20 @@ WATCHED = (
 Answer = dict[str, Any]
 
 
-def main() -> None:
-    probe.load_comfyui()
-    for name in (*WATCHED, "server"):  # a running ComfyUI has them all
+def main(scratch: Path) -> Answer:
+    for name in WATCHED:  # a running ComfyUI has them all
         importlib.import_module(name)
-    import torch
-
     gc.disable()  # what is freed below is freed without it
     before = _attributes()
     answer: Answer = {"watched": len(before)}
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        nodes = _nodes(Path(scratch))
-        answer["pixels"] = list(_edit(nodes).shape)
-        answer |= _sharing(nodes) | _cancelling(nodes) | _modulation(nodes)
+    nodes = _nodes(scratch)
+    answer["pixels"] = list(_edit(nodes).shape)
+    answer |= _sharing(nodes) | _cancelling(nodes) | _modulation(nodes)
     answer["folders"] = _folders()
     after = _attributes()
     answer["changed"] = [name for name in before if before[name] is not after.get(name)]
     answer["added"] = sorted(set(after) - set(before))
-    print(json.dumps(answer))
+    return answer
 
 
 def _attributes() -> dict[str, Any]:
@@ -81,21 +73,13 @@ def _nodes(scratch: Path) -> dict[str, Any]:
     """The pack's nodes by id, with tiny models in ComfyUI's folders."""
     import folder_paths
 
-    package = types.ModuleType("glassbox")
-    package.__path__ = [str(probe.ROOT)]
-    sys.modules["glassbox"] = package
+    probe.load_glassbox()
     from glassbox.tests.graph import tiny
 
     tiny.make_models(scratch)
     for folder in ("diffusion_models", "text_encoders", "vae"):
         folder_paths.add_model_folder_path(folder, str(scratch / folder))
-
-    async def listed() -> list[Any]:
-        extension = await probe.load_pack().comfy_entrypoint()
-        await extension.on_load()
-        return await extension.get_node_list()
-
-    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(listed())}
+    return probe.load_nodes()
 
 
 def _folders() -> list[str]:
@@ -221,4 +205,4 @@ def _modulation(nodes: dict[str, Any]) -> Answer:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -6,7 +6,6 @@ inside ComfyUI's modules.
 
 import gc
 import importlib
-import json
 import sys
 import weakref
 from collections.abc import Callable
@@ -106,28 +105,25 @@ class Bench:
         return self.run(*arguments, **settings), self.passes - before
 
 
-def main() -> None:
-    probe.load_running()
-    import torch
-
+def main(_: Path) -> Answer:
+    probe.load_pack()
     gc.disable()  # what is freed below is freed without it
     answer: Answer = {}
-    with torch.inference_mode():
-        bench = Bench()
-        for check in (
-            _again,
-            _modes,
-            _order,
-            _bound,
-            _memory,
-            _free,
-            _cancel,
-            _cfg,
-            _life,
-            _preview,
-        ):
-            answer |= check(bench)
-    print(json.dumps(answer))
+    bench = Bench()
+    for check in (
+        _again,
+        _modes,
+        _order,
+        _bound,
+        _memory,
+        _free,
+        _cancel,
+        _cfg,
+        _life,
+        _preview,
+    ):
+        answer |= check(bench)
+    return answer
 
 
 def _module(name: str) -> Any:
@@ -370,4 +366,4 @@ def _preview(bench: Bench) -> Answer:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

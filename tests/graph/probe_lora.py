@@ -5,8 +5,6 @@ good, and handles on the same weights are used in turn.
 """
 
 import gc
-import json
-import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -71,20 +69,17 @@ class LoraBench(Bench):
         return handle
 
 
-def main() -> None:
-    probe.load_running()
-    import torch
-
+def main(folder: Path) -> Answer:
+    probe.load_pack()
     gc.disable()
     answer: Answer = {}
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        bench = LoraBench(Path(folder))
-        files = bench.file("kohya", 1), bench.file("diffusers", 2)
-        answer |= _in_turn(bench, *files)
-        answer |= _partly(bench, files[1])
-        answer |= _kept(bench, files[0])
-        answer |= _life(bench, files[0])
-    print(json.dumps(answer))
+    bench = LoraBench(folder)
+    files = bench.file("kohya", 1), bench.file("diffusers", 2)
+    answer |= _in_turn(bench, *files)
+    answer |= _partly(bench, files[1])
+    answer |= _kept(bench, files[0])
+    answer |= _life(bench, files[0])
+    return answer
 
 
 def _in_turn(bench: LoraBench, kohya: Path, diffusers: Path) -> Answer:
@@ -186,4 +181,4 @@ def _life(bench: LoraBench, path: Path) -> Answer:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -4,9 +4,7 @@ Every format against W + strength * (alpha / rank) * B A, and against ComfyUI's 
 then pictures in turn, quantised MODELs, and what is refused before a weight is read.
 """
 
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,17 +21,13 @@ STRENGTH = 0.7
 FLOAT8 = "flux-2-klein-base-4b-float8.safetensors"
 
 
-def main() -> None:
-    probe.load_comfyui()
-    import torch
-
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        bench = LoraBench(Path(scratch))
-        answer: Answer = {"formats": bench.all_formats(), "stacked": bench.stacked()}
-        answer |= {one: bench.in_turn(one) for one in bench.natives}
-        answer["quantised"] = bench.quantised() | {"own class": bench.own_class()}
-        answer |= bench.refused() | {"taken": bench.taken(), "control": bench.control()}
-    print(json.dumps(answer))
+def main(scratch: Path) -> Answer:
+    bench = LoraBench(scratch)
+    answer: Answer = {"formats": bench.all_formats(), "stacked": bench.stacked()}
+    answer |= {one: bench.in_turn(one) for one in bench.natives}
+    answer["quantised"] = bench.quantised() | {"own class": bench.own_class()}
+    answer |= bench.refused() | {"taken": bench.taken(), "control": bench.control()}
+    return answer
 
 
 class LoraBench(BenchIn):
@@ -393,4 +387,4 @@ def _bits(tensor: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

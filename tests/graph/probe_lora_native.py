@@ -4,8 +4,6 @@ Both start from the same tiny weights, and every patched weight is compared.
 """
 
 import importlib
-import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,23 +28,17 @@ FORMATS: dict[str, tuple[Named, str, tuple[str, str], bool]] = {
 }
 
 
-def main() -> None:
-    probe.load_comfyui()
-    for name in ("comfy.sd", "comfy.samplers", "latent_preview", "server"):
-        importlib.import_module(name)
-    import torch
-
+def main(folder: Path) -> Answer:
     probe.load_pack()
     families = _module("flux_core.families")
     answer: Answer = {}
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        for family in (families.FLUX1_DEV, families.FLUX2_DEV):
-            network, state = _network(family)
-            for form in (*FORMATS, "LoKr"):
-                path = _write(Path(folder), form, state)
-                name = f"{family.latent.name} {form}"
-                answer[name] = _compare(family, network.spec, state, path)
-    print(json.dumps(answer))
+    for family in (families.FLUX1_DEV, families.FLUX2_DEV):
+        network, state = _network(family)
+        for form in (*FORMATS, "LoKr"):
+            path = _write(folder, form, state)
+            name = f"{family.latent.name} {form}"
+            answer[name] = _compare(family, network.spec, state, path)
+    return answer
 
 
 def _module(name: str) -> Any:
@@ -126,4 +118,4 @@ def _compare(family: Any, spec: Any, state: dict[str, Any], path: Path) -> Answe
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -5,9 +5,7 @@ packs put on one. It has to come out alike on both sides, or be refused by name,
 """
 
 import asyncio
-import json
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,18 +38,16 @@ EFFECTIVE: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    probe.load_comfyui()
+def main(scratch: Path) -> Answer:
     import torch
 
     torch.compile = _compile
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        bench = ChangedBench(Path(scratch))
-        answer: Answer = {"nodes": bench.all_nodes(), "packs": bench.packs()}
-        answer["left_over"], answer["kv"] = bench.left_over(), bench.kept_by_comfyui()
-        answer["shift"] = bench.shift_is_told()
-        answer["compiled"] = [bench.outcome(bench.compiled()) for _ in range(2)]
-    print(json.dumps(answer))
+    bench = ChangedBench(scratch)
+    answer: Answer = {"nodes": bench.all_nodes(), "packs": bench.packs()}
+    answer["left_over"], answer["kv"] = bench.left_over(), bench.kept_by_comfyui()
+    answer["shift"] = bench.shift_is_told()
+    answer["compiled"] = [bench.outcome(bench.compiled()) for _ in range(2)]
+    return answer
 
 
 class ChangedBench(PackChanges, Bench):
@@ -288,4 +284,4 @@ def _made(route: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

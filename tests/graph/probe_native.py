@@ -4,10 +4,7 @@ Both generations, references of several sizes and placements, guided and with a 
 then what is refused, and a plain native run before and after.
 """
 
-import asyncio
-import json
 import sys
-import tempfile
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -22,23 +19,21 @@ GRID = (4, 6)  # of the picture
 STEPS = 3
 
 
-def main() -> None:
-    probe.load_comfyui()
+def main(scratch: Path) -> Answer:
     import torch
 
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        bench = Bench(Path(scratch))
-        plain = bench.plain()
-        answer: Answer = {"apart": bench.all_routes()}
-        answer["twice"] = bench.twice()
-        answer["without_places"] = {one: bench.without_places(one) for one in bench.ours}
-        answer["refused"] = bench.refused()
-        answer["same_as_before"] = torch.equal(plain, bench.plain())
-        answer["original_is_clean"] = [
-            "post_input" not in one.model_options["transformer_options"].get("patches", {})
-            for one in bench.natives.values()
-        ]
-    print(json.dumps(answer))
+    bench = Bench(scratch)
+    plain = bench.plain()
+    answer: Answer = {"apart": bench.all_routes()}
+    answer["twice"] = bench.twice()
+    answer["without_places"] = {one: bench.without_places(one) for one in bench.ours}
+    answer["refused"] = bench.refused()
+    answer["same_as_before"] = torch.equal(plain, bench.plain())
+    answer["original_is_clean"] = [
+        "post_input" not in one.model_options["transformer_options"].get("patches", {})
+        for one in bench.natives.values()
+    ]
+    return answer
 
 
 class Bench:
@@ -278,9 +273,7 @@ def _nodes(scratch: Path) -> dict[str, Any]:
     """The pack's nodes by id, with a tiny FLUX.2 in ComfyUI's folders."""
     import folder_paths
 
-    package = types.ModuleType("glassbox")
-    package.__path__ = [str(probe.ROOT)]
-    sys.modules["glassbox"] = package
+    probe.load_glassbox()
     from glassbox.flux_core.families import FLUX2_KLEIN_BASE_4B
     from glassbox.tests.graph import tiny, tiny_flux2
 
@@ -289,14 +282,8 @@ def _nodes(scratch: Path) -> dict[str, Any]:
     )
     tiny.save(state, scratch / tiny_flux2.BASE_FILE)
     folder_paths.add_model_folder_path("diffusion_models", str(scratch))
-
-    async def listed() -> list[Any]:
-        extension = await probe.load_pack().comfy_entrypoint()
-        await extension.on_load()
-        return await extension.get_node_list()
-
-    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(listed())}
+    return probe.load_nodes()
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -4,9 +4,7 @@
 a native MODEL. `elsewhere`: where a CONDITIONING goes beside the samplers, and what is said of it.
 """
 
-import json
 import sys
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,22 +21,18 @@ LENGTHS = {"FLUX.1": 20, "FLUX.2": 36, GUIDED: 40}  # of the text
 METHODS = (None, "offset", "index")
 
 
-def main() -> None:
-    probe.load_comfyui()
-    import torch
-
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        bench = BenchConditioning(Path(scratch))
-        answer: Answer
-        if sys.argv[1] == "sampled":
-            answer = {"apart": bench.all_settings() | bench.text_lengths()}
-        elif sys.argv[1] == "guided":
-            answer = {"guidance": bench.guidances(), "cfg": bench.with_negatives()}
-        else:
-            answer = {"round_trip": bench.round_trips(), "again": bench.handed_on()}
-            answer |= {"told": bench.notes(), "schedule": bench.schedules()}
-            answer |= {"conditioner": bench.conditioner(), "inspected": bench.inspected()}
-    print(json.dumps(answer))
+def main(scratch: Path) -> Answer:
+    bench = BenchConditioning(scratch)
+    answer: Answer
+    if sys.argv[1] == "sampled":
+        answer = {"apart": bench.all_settings() | bench.text_lengths()}
+    elif sys.argv[1] == "guided":
+        answer = {"guidance": bench.guidances(), "cfg": bench.with_negatives()}
+    else:
+        answer = {"round_trip": bench.round_trips(), "again": bench.handed_on()}
+        answer |= {"told": bench.notes(), "schedule": bench.schedules()}
+        answer |= {"conditioner": bench.conditioner(), "inspected": bench.inspected()}
+    return answer
 
 
 class BenchConditioning(Bench):
@@ -336,4 +330,4 @@ def _published_epsilon(patcher: Any) -> Generator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -1,8 +1,6 @@
 """Probe: what our nodes say to a CONDITIONING they cannot follow, and to none at all."""
 
-import json
 import sys
-import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,11 @@ RAW = (
 )
 
 
-def main() -> None:
-    probe.load_comfyui()
-    import torch
-
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        bench = BenchRefused(Path(scratch))
-        answer = {"carried": bench.carried(), "foreign": bench.foreign()}
-        answer |= {"rubbish": bench.rubbish(), "conditioner": bench.on_reference_conditioner()}
-    print(json.dumps(answer))
+def main(scratch: Path) -> dict[str, Any]:
+    bench = BenchRefused(scratch)
+    answer = {"carried": bench.carried(), "foreign": bench.foreign()}
+    answer |= {"rubbish": bench.rubbish(), "conditioner": bench.on_reference_conditioner()}
+    return answer
 
 
 class BenchRefused(BenchConditioning):
@@ -247,4 +241,4 @@ def _said(use: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -5,9 +5,7 @@ the route over Apply To Model is told another name by the conditioning, so that 
 give the same picture.
 """
 
-import json
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,15 @@ CACHES = ("EasyCache", "LazyCache")
 NEVER, OFTEN = 0.0, 3.0  # thresholds of reuse
 
 
-def main() -> None:
-    probe.load_comfyui()
+def main(scratch: Path) -> Answer:
     import torch
 
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        bench = Extras(Path(scratch))
-        plain = bench.plain()
-        answer: Answer = {"control": bench.control(), "caches": bench.caches()}
-        answer["ksampler"] = bench.in_ksampler()
-        answer["same_as_before"] = torch.equal(plain, bench.plain())
-    print(json.dumps(answer))
+    bench = Extras(scratch)
+    plain = bench.plain()
+    answer: Answer = {"control": bench.control(), "caches": bench.caches()}
+    answer["ksampler"] = bench.in_ksampler()
+    answer["same_as_before"] = torch.equal(plain, bench.plain())
+    return answer
 
 
 class Extras(Bench):
@@ -170,4 +166,4 @@ def make_control_net(folder: Path) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

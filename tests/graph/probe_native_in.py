@@ -4,9 +4,7 @@ Then what stays on the MODEL and keeps working, what is refused, and a plain nat
 after.
 """
 
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +15,21 @@ from probe_native import Bench, _message
 Answer = dict[str, Any]
 
 
-def main() -> None:
-    probe.load_comfyui()
+def main(scratch: Path) -> Answer:
     import torch
 
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        bench = BenchIn(Path(scratch))
-        plain = bench.plain()
-        answer: Answer = {"apart": bench.all_settings(), "others": bench.other_nodes()}
-        answer |= bench.kept_working() | bench.float8() | {"refused": bench.refusals()}
-        answer["same_as_before"] = torch.equal(plain, bench.plain())
-        native = bench.natives["FLUX.1"]
-        answer["left_behind"] = [
-            *native.model_options["transformer_options"].get("patches", {}),
-            *native.model_options["transformer_options"].get("wrappers", {}),
-            *([] if native.model.current_patcher is None else ["current_patcher"]),
-        ]
-    print(json.dumps(answer))
+    bench = BenchIn(scratch)
+    plain = bench.plain()
+    answer: Answer = {"apart": bench.all_settings(), "others": bench.other_nodes()}
+    answer |= bench.kept_working() | bench.float8() | {"refused": bench.refusals()}
+    answer["same_as_before"] = torch.equal(plain, bench.plain())
+    native = bench.natives["FLUX.1"]
+    answer["left_behind"] = [
+        *native.model_options["transformer_options"].get("patches", {}),
+        *native.model_options["transformer_options"].get("wrappers", {}),
+        *([] if native.model.current_patcher is None else ["current_patcher"]),
+    ]
+    return answer
 
 
 class BenchIn(Bench):
@@ -210,4 +206,4 @@ def _break(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

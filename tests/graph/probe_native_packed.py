@@ -3,9 +3,7 @@
 Against ComfyUI's plain network with the same numbers, with a LoRA of its own loader and without.
 """
 
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,12 @@ FILES = {
 STRENGTH = 0.7
 
 
-def main() -> None:
-    probe.load_comfyui()
-    import torch
-
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        bench = PackedBench(Path(scratch))
-        answer: Answer = {name: {} for name in ("packed", "apart", "routes", "lora", "again")}
-        for generation in FILES:
-            bench.compare(generation, answer)
-    print(json.dumps(answer))
+def main(scratch: Path) -> Answer:
+    bench = PackedBench(scratch)
+    answer: Answer = {name: {} for name in ("packed", "apart", "routes", "lora", "again")}
+    for generation in FILES:
+        bench.compare(generation, answer)
+    return answer
 
 
 class PackedBench(Bench):
@@ -109,4 +103,4 @@ def _apart(one: Any, other: Any) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

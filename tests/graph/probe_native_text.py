@@ -4,9 +4,7 @@ Tiny models in ComfyUI's own classes, read with the tokenizers it ships.
 """
 
 import importlib
-import json
 import sys
-import tempfile
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -40,19 +38,15 @@ LANGUAGE = {
 SPEC: Any = {"hidden": 64, "ffn": 96, "heads": 2, "kv_heads": 1}
 
 
-def main() -> None:
-    probe.load_comfyui()
-    import torch
-
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        bench = Bench(Path(scratch))
-        answer: Answer = {"apart": {}, "reports": {}, "lengths": {}}
-        for name, (native, ours) in bench.pairs.items():
-            answer["apart"] |= bench.all_settings(name, native, ours, answer)
-        answer |= bench.second_prompt() | bench.patched() | bench.as_comfyui()
-        answer["refused"] = bench.refused()
-        answer["long_clip"] = bench.long_clip()
-    print(json.dumps(answer))
+def main(scratch: Path) -> Answer:
+    bench = Bench(scratch)
+    answer: Answer = {"apart": {}, "reports": {}, "lengths": {}}
+    for name, (native, ours) in bench.pairs.items():
+        answer["apart"] |= bench.all_settings(name, native, ours, answer)
+    answer |= bench.second_prompt() | bench.patched() | bench.as_comfyui()
+    answer["refused"] = bench.refused()
+    answer["long_clip"] = bench.long_clip()
+    return answer
 
 
 class Bench:
@@ -299,4 +293,4 @@ class Carrier:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -3,9 +3,7 @@
 Full-size autoencoders with random weights, because ComfyUI's loader fixes their sizes.
 """
 
-import json
 import sys
-import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -15,25 +13,23 @@ import probe
 from probe_native import _message, _nodes
 
 
-def main() -> None:
-    probe.load_comfyui()
+def main(folder: Path) -> dict[str, Any]:
     import torch
 
     answer: dict[str, Any] = {"encoded": {}, "decoded": {}, "spread": {}}
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        nodes = _nodes(Path(folder))
-        image = torch.rand(2, 32, 64, 3, generator=torch.Generator().manual_seed(3))
-        for generation, state in _states():
-            ours, native = _both(nodes, Path(folder), generation, state)
-            tokens = [_encode(nodes, one, image) for one in (ours, native)]
-            values = [one.values for one in tokens]
-            scale = float(values[0].abs().max())
-            answer["encoded"][generation] = float((values[0] - values[1]).abs().max()) / scale
-            pictures = [_decode(nodes, one, tokens[0]) for one in (ours, native)]
-            answer["decoded"][generation] = float((pictures[0] - pictures[1]).abs().max())
-            answer["spread"][generation] = float(pictures[0].std())
-        answer["refused"] = _refused(nodes, native, image, tokens[0])
-    print(json.dumps(answer))
+    nodes = _nodes(folder)
+    image = torch.rand(2, 32, 64, 3, generator=torch.Generator().manual_seed(3))
+    for generation, state in _states():
+        ours, native = _both(nodes, folder, generation, state)
+        tokens = [_encode(nodes, one, image) for one in (ours, native)]
+        values = [one.values for one in tokens]
+        scale = float(values[0].abs().max())
+        answer["encoded"][generation] = float((values[0] - values[1]).abs().max()) / scale
+        pictures = [_decode(nodes, one, tokens[0]) for one in (ours, native)]
+        answer["decoded"][generation] = float((pictures[0] - pictures[1]).abs().max())
+        answer["spread"][generation] = float(pictures[0].std())
+    answer["refused"] = _refused(nodes, native, image, tokens[0])
+    return answer
 
 
 def _states() -> Any:
@@ -97,4 +93,4 @@ def _refused(nodes: dict[str, Any], flux2: Any, image: Any, tokens: Any) -> dict
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

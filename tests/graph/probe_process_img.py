@@ -4,7 +4,6 @@ Both generations; one reference of FLUX.2 is asked for with "index" there whatev
 with, because ours goes where the model was trained with it.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 TEXT_TOKENS = 5
 
 
-def main() -> None:
-    probe.load_comfyui()
+def main(_: Path) -> dict[str, Any]:
     probe.load_pack()
     import torch
 
@@ -65,7 +63,7 @@ def main() -> None:
                 for name, one, other in zip(("tokens", "ids", "text"), theirs, ours, strict=True):
                     if not torch.equal(one, other):
                         wrong.append(f"{name} of {generation} {sizes} {placement}")
-    print(json.dumps({"cases": cases, "wrong": wrong}))
+    return {"cases": cases, "wrong": wrong}
 
 
 def _theirs(latents: list[Any], placement: str, settings: dict[str, Any]) -> tuple[Any, ...]:
@@ -130,4 +128,4 @@ def _ours(latents: list[Any], placement: str, generation: str) -> tuple[Any, ...
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,17 @@ import probe
 LAYERS = ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear2")  # of unequal sides
 
 
-def main() -> None:
-    probe.load_comfyui()
+def main(scratch: Path) -> dict[str, Any]:
     probe.load_pack()
-    import torch
-
     answer: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        for form in ("old", "metadata", "layers"):
-            for format in ("float8_e4m3fn", "float8_e5m2", "nvfp4"):
-                if form == "old" and format != "float8_e4m3fn":
-                    continue
-                file = Path(scratch) / f"{form}-{format}.safetensors"
-                _write(file, form, format)
-                answer[file.stem] = _largest_error(file)
-    print(json.dumps(answer))
+    for form in ("old", "metadata", "layers"):
+        for format in ("float8_e4m3fn", "float8_e5m2", "nvfp4"):
+            if form == "old" and format != "float8_e4m3fn":
+                continue
+            file = scratch / f"{form}-{format}.safetensors"
+            _write(file, form, format)
+            answer[file.stem] = _largest_error(file)
+    return answer
 
 
 def _write(file: Path, form: str, format: str) -> None:
@@ -80,4 +75,4 @@ def _largest_error(file: Path) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -6,17 +6,15 @@ is counted. What decides is ComfyUI's own `load_models_gpu` and `free_memory`.
 
 import gc
 import importlib
-import json
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
 import probe
-
-probe.load_comfyui()
-import torch  # noqa: E402
 
 FAR = torch.device("cuda", 0)
 TENSOR, COUNT, TOTAL = 1000, 8, 10_000  # bytes of one, tensors kept, bytes of the device
@@ -108,14 +106,11 @@ class World:
         }
 
 
-def main() -> None:
-    importlib.import_module("server")
+def main(_: Path) -> Answer:
     probe.load_pack()
     gc.disable()
-    with torch.inference_mode():
-        world = World()
-        answer = _pushed(world) | _short(world) | _unloaded(world)
-    print(json.dumps(answer))
+    world = World()
+    return _pushed(world) | _short(world) | _unloaded(world)
 
 
 def _pushed(world: World) -> Answer:
@@ -176,4 +171,4 @@ def _unloaded(world: World) -> Answer:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -6,8 +6,6 @@ and sampled through its handles, inside ComfyUI's modules.
 
 import gc
 import importlib
-import json
-import tempfile
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -135,25 +133,22 @@ class StoredBench(Bench):
         return made
 
 
-def main() -> None:
-    probe.load_running()
-    import torch
-
+def main(folder: Path) -> Answer:
+    probe.load_pack()
     gc.disable()
     answer: Answer = {}
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        for family, forms in FORMS.items():
-            bench = StoredBench(Path(folder), family)
-            for form in forms:
-                answer[f"{family} {form}"] = _compare(bench, bench.file(form))
-            answer[f"{family} partly"] = _partly(bench, bench.file("layers"))
-            answer[f"{family} kept"] = _kept(bench, bench.file("layers"))
-            answer[f"{family} life"] = _life(bench, bench.file("layers"))
-        for family in ("flux1-dev", "flux2-klein-4b"):
-            bench = StoredBench(Path(folder), family)
-            forms = ("old", "layers", "nvfp4")
-            answer[f"{family} native"] = {one: _native(bench, bench.file(one)) for one in forms}
-    print(json.dumps(answer))
+    for family, forms in FORMS.items():
+        bench = StoredBench(folder, family)
+        for form in forms:
+            answer[f"{family} {form}"] = _compare(bench, bench.file(form))
+        answer[f"{family} partly"] = _partly(bench, bench.file("layers"))
+        answer[f"{family} kept"] = _kept(bench, bench.file("layers"))
+        answer[f"{family} life"] = _life(bench, bench.file("layers"))
+    for family in ("flux1-dev", "flux2-klein-4b"):
+        bench = StoredBench(folder, family)
+        forms = ("old", "layers", "nvfp4")
+        answer[f"{family} native"] = {one: _native(bench, bench.file(one)) for one in forms}
+    return answer
 
 
 def _compare(bench: StoredBench, path: Path) -> Answer:
@@ -277,4 +272,4 @@ def _far(one: Any, other: Any) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -6,7 +6,6 @@ Its table of tokens looks up the rows it needs and scales those alone.
 import importlib
 import json
 import sys
-import tempfile
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -20,21 +19,17 @@ from probe_native_text import LANGUAGE, SPEC, distance, make_language
 TABLE, LAYER = "model.embed_tokens", "model.layers.0.mlp.down_proj"
 
 
-def main() -> None:
-    probe.load_comfyui()
-    import torch
-
+def main(scratch: Path) -> dict[str, Any]:
     answer: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        nodes = _nodes(Path(scratch))
-        features = _features(Path(scratch) / "qwen_3_4b_fp4_mixed.safetensors", nodes)
-        for form in ("metadata", "layers"):
-            for format in ("float8_e4m3fn", "float8_e5m2"):
-                for packed in (format, "nvfp4"):
-                    file = Path(scratch) / f"{form}-{format}-{packed}.safetensors"
-                    _write(file, form, {TABLE: format, LAYER: packed})
-                    answer[file.stem] = _largest_error(file)
-    print(json.dumps({"layers": answer, "features": features}))
+    nodes = _nodes(scratch)
+    features = _features(scratch / "qwen_3_4b_fp4_mixed.safetensors", nodes)
+    for form in ("metadata", "layers"):
+        for format in ("float8_e4m3fn", "float8_e5m2"):
+            for packed in (format, "nvfp4"):
+                file = scratch / f"{form}-{format}-{packed}.safetensors"
+                _write(file, form, {TABLE: format, LAYER: packed})
+                answer[file.stem] = _largest_error(file)
+    return {"layers": answer, "features": features}
 
 
 def _features(file: Path, nodes: dict[str, Any]) -> dict[str, float]:
@@ -138,4 +133,4 @@ def _part(state: dict[str, Any], layer: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    probe.run(main)

@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "flux-glassbox"
 FOR_TESTS = Path(__file__).with_name("only_for_tests.py")  # nodes for tests alone
+NATIVE_PARTS = Path(__file__).with_name("native_parts")  # and small text encoders of ComfyUI's
 IN_USE = ROOT / ".cache" / "comfyui-in-use"  # made by prepare.py
 
 Json = dict[str, Any]

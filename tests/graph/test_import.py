@@ -13,7 +13,7 @@ pytestmark = pytest.mark.graph
 @pytest.fixture(scope="module")
 def probe() -> dict[str, Any]:
     """The import alone, with network and CUDA forbidden: reaching for either fails the probe."""
-    return run_probe("probe_import")
+    return run_probe("probe_import", is_forked=False)
 
 
 def test_importing_the_pack_takes_at_most_50_ms(

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from glassbox.tests.graph import run_edit
+from glassbox.tests.graph.server import Comfy
+from glassbox.tests.graph.workflows import upload_pictures
 
 pytestmark = pytest.mark.graph
 
@@ -41,15 +43,19 @@ def test_make_edit_saves_the_picture_and_stops_the_server(tmp_path: Path) -> Non
     assert not servers()
 
 
-def test_make_edit_says_the_words_of_the_node_that_failed(tmp_path: Path) -> None:
+def test_a_node_that_fails_speaks_through_comfy_cli(comfy: Comfy) -> None:
     graph = json.loads(run_edit.WORKFLOW.read_text())
     run_edit.node(graph, "SaveImage")["filename_prefix"] = "../../outside"
-    workflow = tmp_path / "graph.json"
-    workflow.write_text(json.dumps(graph))
-    done = edit("--workflow", str(workflow), "--output", str(tmp_path))
+    upload_pictures(comfy)
+    with pytest.raises(run_edit.EditError, match="outside the output folder") as error:
+        run_edit.run_graph(comfy, graph)
+    assert "SaveImage" in str(error.value)
+
+
+def test_make_edit_fails_in_words(tmp_path: Path) -> None:
+    done = edit("--image", str(tmp_path / "none.png"), "--output", str(tmp_path))
     assert done.returncode == 1
-    assert "SaveImage" in done.stderr
-    assert "outside the output folder" in done.stderr
+    assert done.stderr == f"make edit failed: there is no picture {tmp_path / 'none.png'}.\n"
     assert not list(tmp_path.glob("*.png"))
     assert not servers()
 

@@ -1,8 +1,6 @@
 """Graphs made of ComfyUI's own parts alone make the pictures of the same graphs made of ours."""
 
 import copy
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,17 +30,16 @@ _OURS: dict[str, tuple[str, dict[str, str], Json]] = {
     ),
     "VAELoader": ("GlassboxLoadAutoencoder", {"vae_name": "file"}, {"dtype": "auto"}),
 }
+_FILES = {name for _, names, _ in _OURS.values() for pair in names.items() for name in pair}
+_FILES |= {"image", "lora_name", "control_net_name"}
 _SMALL = {"DualCLIPLoader": "TestLoadTinyPair", "CLIPLoader": "TestLoadTinyQwen"}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator["Comfy"]:
-    """A ComfyUI that can load small text encoders, with a file for every loader."""
-    from glassbox.tests.graph.server import Comfy
-
-    with Comfy.start(packs=[Path(__file__).with_name("native_parts")]) as comfy:
-        native_files.make_native_files(comfy.models_dir, comfy.input_dir)
-        yield comfy
+def server(comfy: "Comfy") -> "Comfy":
+    """ComfyUI with a file for every loader."""
+    native_files.make_native_files(comfy.models_dir, comfy.input_dir)
+    return comfy
 
 
 def native(graph: Json) -> Json:
@@ -65,6 +62,12 @@ def ours(graph: Json) -> Json:
 
 
 def picture(comfy: "Comfy", graph: Json) -> Any:
+    """The picture of a graph that names files as if they lay in ComfyUI's folders."""
+    graph = copy.deepcopy(graph)
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            if name in _FILES and isinstance(value, str) and value != "none":
+                node["inputs"][name] = f"{native_files.FOLDER}/{value}"
     (made,) = comfy.images(comfy.run(graph))
     return pixels(made)
 

@@ -1,8 +1,6 @@
 """The text encoders built from ComfyUI's layers, and read with the tokenizers it ships."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from glassbox.flux_core.text.tokenizers import (
     load_clip_tokenizer,
     load_t5_tokenizer,
 )
+from glassbox.tests.graph.probe import run_probe
 from glassbox.tests.graph.server import IN_USE
 from glassbox.tests.parity import text_samples as samples
 
@@ -28,44 +27,6 @@ PROMPTS = (
     "İstanbul ǅ ﬃ ① ™ \u200b\u00a0end",
 )
 
-# A process of its own: importing comfy changes global state. The folder of this test stays off
-# sys.path, where its server.py would hide ComfyUI's.
-COMPARE = """
-import json, sys, types
-from pathlib import Path
-comfyui, root, job = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-sys.path.insert(0, comfyui)
-from comfy.cli_args import args
-args.cpu = True
-import comfy.ops, torch
-pack = types.ModuleType("glassbox")
-pack.__path__ = [root]
-sys.modules["glassbox"] = pack
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
-
-def load(operations, dtype):
-    return load_text_encoders(
-        [Path(file) for file in job["files"]],
-        clip_tokenizer=Path(job["clip_tokenizer"]),
-        t5_tokenizer=Path(job["t5_tokenizer"]),
-        operations=operations,
-        dtype=dtype,
-    )
-
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    plain = load(None, dtype).encode(job["prompt"])
-    for operations in (comfy.ops.manual_cast, comfy.ops.disable_weight_init):
-        encoders = load(operations, dtype)
-        kinds = {type(m).__qualname__ for part in encoders.modules for m in part.modules()}
-        for leaf in ("Linear", "LayerNorm", "Embedding"):
-            assert leaf not in kinds, leaf
-            assert f"{operations.__qualname__}.{leaf}" in kinds, leaf
-        features = encoders.encode(job["prompt"])
-        assert torch.equal(features.txt, plain.txt), (dtype, operations)
-        assert torch.equal(features.pooled, plain.pooled), (dtype, operations)
-print("the same")
-"""
-
 
 def test_comfyuis_layers_compute_the_same_bits(tmp_path: Path) -> None:
     kit = samples.make_kit(tmp_path)
@@ -78,11 +39,18 @@ def test_comfyuis_layers_compute_the_same_bits(tmp_path: Path) -> None:
         "t5_tokenizer": str(kit.t5_tokenizer),
         "prompt": "remove the blue square",
     }
-    root = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-c", COMPARE, str(IN_USE.resolve()), root, json.dumps(job)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.endswith("the same\n")
+    answer = run_probe("probe_text_layers", "pair", json.dumps(job))
+    expect_the_same_bits(answer, "Linear", "LayerNorm", "Embedding")
+
+
+def expect_the_same_bits(answer: dict[str, Any], *layers: str) -> None:
+    """In three dtypes with two sets of ComfyUI's layers, without a layer of torch's."""
+    assert len(answer["same"]) == len(answer["kinds"]) == 6
+    assert all(answer["same"].values()), answer["same"]
+    for name, kinds in answer["kinds"].items():
+        for layer in layers:
+            assert layer not in kinds, name
+            assert f"{name.split()[0]}.{layer}" in kinds, name
 
 
 @dataclass(frozen=True)

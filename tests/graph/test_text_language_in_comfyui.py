@@ -1,8 +1,6 @@
 """Language models built from ComfyUI's layers, and Qwen's tokenizer as ComfyUI ships it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,85 +9,28 @@ import transformers
 
 from glassbox.flux_core.families import QWEN3_4B
 from glassbox.flux_core.text.tokenizers import ChatTokenizer, load_qwen_tokenizer
+from glassbox.tests.graph.probe import run_probe
 from glassbox.tests.graph.server import IN_USE
+from glassbox.tests.graph.test_text_in_comfyui import expect_the_same_bits
 from glassbox.tests.parity import text_language_samples as samples
 from glassbox.tests.parity.text_samples import PROMPTS
 
 pytestmark = pytest.mark.graph
 
-# A process of its own: importing comfy changes global state. The folder of this test stays off
-# sys.path, where its server.py would hide ComfyUI's.
-START = """
-import json, sys, types
-from dataclasses import replace
-from pathlib import Path
-comfyui, root, job = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-sys.path.insert(0, comfyui)
-from comfy.cli_args import args
-args.cpu = True
-import comfy.ops, torch
-pack = types.ModuleType("glassbox")
-pack.__path__ = [root]
-sys.modules["glassbox"] = pack
-from glassbox.flux_core.families import MISTRAL_SMALL_3, QWEN3_4B
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
-"""
-COMPARE = (
-    START
-    + """
-sizes = job["sizes"] | {"layers": (1, 2, 3)}
-for kind, spec in (("qwen", QWEN3_4B), ("mistral", MISTRAL_SMALL_3)):
-    def load(operations, dtype):
-        return load_text_encoders(
-            [Path(job[kind])],
-            qwen_tokenizer=Path(job["tokenizer"]),
-            text=replace(spec, **sizes),
-            operations=operations,
-            dtype=dtype,
-        )
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        plain = load(None, dtype).encode(job["prompt"])
-        for operations in (comfy.ops.manual_cast, comfy.ops.disable_weight_init):
-            encoder = load(operations, dtype)
-            kinds = {type(m).__qualname__ for m in encoder.modules[0].modules()}
-            for leaf in ("Linear", "Embedding"):
-                assert leaf not in kinds, leaf
-                assert f"{operations.__qualname__}.{leaf}" in kinds, leaf
-            features = encoder.encode(job["prompt"])
-            assert torch.equal(features.txt, plain.txt), (kind, dtype, operations)
-print("the same")
-"""
-)
-TOKENIZE = (
-    START
-    + """
-from comfy.text_encoders.flux import KleinTokenizer
-tokenizer = KleinTokenizer()
-rows = [tokenizer.tokenize_with_weights(prompt)["qwen3_4b"][0] for prompt in job]
-print(json.dumps([[pair[0] for pair in row] for row in rows]))
-"""
-)
 
-
-def run(script: str, job: object, folder: Path) -> str:
-    root = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-c", script, str(IN_USE.resolve()), root, json.dumps(job)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-1]
-
-
-def test_comfyuis_layers_compute_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["qwen", "mistral"])
+def test_comfyuis_layers_compute_the_same_bits(tmp_path: Path, kind: str) -> None:
     qwen, mistral = samples.qwen_kit(tmp_path), samples.mistral_kit(tmp_path)
     names = ("hidden", "ffn", "heads", "kv_heads", "head_dim")
+    file = {"qwen": qwen, "mistral": mistral}[kind].write(tmp_path / "model.safetensors")
     job = {
-        "qwen": str(qwen.write(tmp_path / "qwen.safetensors")),
-        "mistral": str(mistral.write(tmp_path / "mistral.safetensors")),
-        "tokenizer": str(qwen.qwen_tokenizer),
+        "files": [str(file)],
+        "qwen_tokenizer": str(qwen.qwen_tokenizer),
         "sizes": {name: getattr(samples.QWEN, name) for name in names},
         "prompt": "remove the blue square",
     }
-    assert run(COMPARE, job, tmp_path) == "the same"
+    answer = run_probe("probe_text_layers", kind, json.dumps(job))
+    expect_the_same_bits(answer, "Linear", "Embedding")
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +57,10 @@ def test_ids_of_the_shipped_tokenizer_equal_transformers(
     assert prompt.endswith(read.count.cut)
 
 
-def test_prompts_that_fit_have_comfyuis_ids(shipped: ChatTokenizer, tmp_path: Path) -> None:
+def test_prompts_that_fit_have_comfyuis_ids(shipped: ChatTokenizer) -> None:
     """ComfyUI pads to 512 as well, and cuts nothing that is longer."""
     prompts = ["make the circle red", "", "a (masterpiece:1.2)", "两只猫 & naïve 🎨"]
-    theirs = json.loads(run(TOKENIZE, prompts, tmp_path))
+    theirs = run_probe("probe_text_layers", "ids", json.dumps(prompts))["ids"]
     for prompt, ids in zip(prompts, theirs, strict=True):
         assert shipped.encode(prompt, QWEN3_4B).ids.tolist() == [ids]
 
