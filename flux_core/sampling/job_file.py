@@ -34,12 +34,15 @@ def write_job(job: Job, path: Path) -> None:
             "leave the edits out, and add them where the job is run.",
         )
     tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # a reference that both conditionings have is one tensor, also read
 
     def hold(name: str, tensor: Tensor | None) -> str | None:
         if tensor is None:
             return None
-        tensors[name] = tensor.detach().cpu().contiguous().clone()
-        return name
+        if id(tensor) not in names:
+            names[id(tensor)] = name
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+        return names[id(tensor)]
 
     cfg = job.cfg
     written: _Json = {
@@ -83,7 +86,7 @@ def read_job(path: Path) -> Job:
             start=None if written["start"] is None else _tokens_in(written["start"], tensors),
             cfg=None if cfg is None else _cfg_in(cfg, tensors),
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise _no_job(path, f"{type(error).__name__}: {error}") from error
