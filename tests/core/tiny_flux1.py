@@ -35,8 +35,8 @@ SPEC = TransformerSpec(
 def network(family: FluxFamily = FLUX1_KONTEXT, spec: TransformerSpec = SPEC) -> Flux:
     torch.manual_seed(0)
     net = build_flux(family, spec, dtype=torch.float32)
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    for name, parameter in net.named_parameters():  # scales near 1: else all tokens look alike
+        torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("norm.scale") else 0.0, std=0.1)
     return net.eval()
 
 
