@@ -111,9 +111,7 @@ class Flux(nn.Module):
         Raises:
             SettingError: no guidance for a network that has the input.
         """
-        levels = [float(sigma) for sigma in sigmas]
-        if levels and levels[-1] == 0.0:
-            levels.pop()
+        levels = [float(sigma) for sigma in sigmas[:-1]]
         isolated = [0.0] if self.family.references.isolated else []  # what they are modulated with
         planned = dict.fromkeys([*(levels if asked is None else asked), *isolated])
         device = self.ready(self.modulation)

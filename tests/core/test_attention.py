@@ -83,6 +83,16 @@ def test_each_block_of_each_step_calls_it_once(family, references: int, solver: 
     assert before == alone, "nobody reads what references become in the last block"
 
 
+def test_the_end_of_a_run_that_stops_above_zero_begins_no_step() -> None:
+    """Heun looks at the end of the last step, which belongs to that step."""
+    net, one, noise = parts(FLUX1_KONTEXT)
+    net.attention = watching = Watching()
+    job = Job(conditioning=one, noise=noise, sigmas=SIGMAS[:3], solver="heun")
+    list(run(net, job, may_stop=True))
+    told = [(at.sigma, at.step) for at in watching.wheres if at.block == 0]
+    assert told == [(LEVELS[0], 0), (LEVELS[1], 1), (LEVELS[1], 1), (LEVELS[2], 1)]
+
+
 @every_family
 @pytest.mark.parametrize("references", [0, 2])
 @pytest.mark.parametrize("cache", [cache_for_the_run, compute_every_step])
