@@ -8,7 +8,66 @@ import re
 from collections.abc import Mapping
 
 _LONGEST = 600  # characters of one part of a message
-_SETTING = re.compile(r"\[([A-Za-z][A-Za-z0-9_ ]*)\]")
+SETTINGS = frozenset(
+    {
+        "model loader",
+        "text encoder loader",
+        "autoencoder loader",
+        "nano loader",
+        "LoRA loader",
+        "text encoding",
+        "image fit",
+        "image encoding",
+        "image decoding",
+        "latent packing",
+        "position ids",
+        "conditioner",
+        "noise",
+        "schedule",
+        "guided sampling",
+        "true CFG",
+        "native conditioning",
+        "guider",
+        "native positions",
+        "family",
+        "model dtype",
+        "text encoder dtype",
+        "autoencoder dtype",
+        "block_strengths",
+        "prompt",
+        "text tokens",
+        "fit size",
+        "fit method",
+        "fit width",
+        "fit height",
+        "latent_format",
+        "index",
+        "row",
+        "column",
+        "guidance",
+        "placement",
+        "references",
+        "width",
+        "height",
+        "seed",
+        "batch_size",
+        "steps",
+        "schedule kind",
+        "sigmas",
+        "denoise",
+        "cfg",
+        "cfg start",
+        "cfg end",
+        "passes",
+        "solver",
+        "sampler",
+        "start tokens",
+        "reference_kv",
+    }
+)
+"""What a fix or a note may name; any other word in brackets, as in FLUX.1 [dev], is only a word."""
+
+_SETTING = re.compile(rf"\[({'|'.join(sorted(map(re.escape, SETTINGS)))})\]")
 
 
 def printable(text: str) -> str:

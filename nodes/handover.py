@@ -7,9 +7,10 @@ from ..flux_core.sampling.guidance import Passes, TrueCFG
 from . import host
 from .native.conditioning import AnyConditioning, as_conditioning
 from .native.handle import AnyModel, as_model
+from .node import Node
 from .runtime.reference_cache import ReferenceKV, choose
 from .sampling import reference_kv_input
-from .settings import Node
+from .settings import in_words
 from .sockets import conditioning_input, model_input
 
 _CATEGORY = "FLUX Glassbox/native"
@@ -44,7 +45,7 @@ class ToConditioning(Node):
 
         native, report, notes = to_native(conditioning)
         host.notify(notes)
-        return io.NodeOutput(native, report)
+        return io.NodeOutput(native, in_words(report))
 
 
 class ApplyToModel(Node):

@@ -16,7 +16,7 @@ from ..flux_core.values import Fit
 from . import host
 from .native.latent import AnyTokens, as_tokens
 from .native.vae import AnyAutoencoder, as_autoencoder
-from .settings import Node
+from .node import Node
 from .sockets import FitSocket, TokensSocket, autoencoder_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/image"

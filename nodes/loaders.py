@@ -4,8 +4,8 @@ from comfy_api.latest import io
 from typing_extensions import override
 
 from . import host
+from .node import Node
 from .runtime import loading
-from .settings import Node
 from .sockets import AutoencoderSocket, ModelSocket, TextEncodersSocket
 
 _FAMILIES = [  # saved graphs hold these: new ones go to the end

@@ -5,8 +5,8 @@ from typing_extensions import override
 
 from . import host
 from .native.handle import AnyModel
+from .node import Node
 from .runtime import loading
-from .settings import Node
 from .sockets import ModelSocket, model_input
 
 _LIMIT = 100.0  # of the strength, as in ComfyUI's LoRA loader

@@ -11,7 +11,7 @@ from . import host
 from .native.handle import AnyModel, as_model
 from .native.latent import AnyTokens, as_tokens
 from .native.skipped import shift_notes
-from .settings import Node
+from .node import Node
 from .sockets import TokensSocket, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/sampling"

@@ -11,7 +11,7 @@ from ..flux_core.weights.names import shorten
 from . import host
 from .native.conditioning import AnyText, as_text
 from .native.latent import as_tokens, is_latent
-from .settings import Node
+from .node import Node
 from .sockets import ConditioningSocket, text_input, tokens_input
 
 _AUTO_GUIDANCE = -1.0  # saved graphs hold numbers, so auto is one that no guidance is

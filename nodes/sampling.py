@@ -10,9 +10,9 @@ from ..flux_core.values import Tokens
 from .native.conditioning import AnyConditioning, as_conditioning
 from .native.handle import AnyModel, as_model
 from .native.latent import AnyTokens, as_tokens
+from .node import Node
 from .runtime.reference_cache import REFERENCE_KV, ReferenceKV
 from .runtime.sample import Handle, sample
-from .settings import Node
 from .sockets import TokensSocket, conditioning_input, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/sampling"

@@ -8,8 +8,8 @@ from typing_extensions import override
 
 from ..flux_core.values import TokenCount
 from . import host
+from .node import Node
 from .runtime.handles import TextEncodersHandle
-from .settings import Node
 from .sockets import TextSocket, text_encoders_input
 
 if TYPE_CHECKING:

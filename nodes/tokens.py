@@ -12,7 +12,7 @@ from . import host
 from .native.conditioning import AnyConditioning, as_conditioning
 from .native.handle import AnyModel, as_model
 from .native.latent import AnyTokens, as_tokens
-from .settings import Node
+from .node import Node
 from .sockets import TokensSocket, conditioning_input, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/tokens"

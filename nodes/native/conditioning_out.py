@@ -10,7 +10,7 @@ from ...flux_core.tokens.pack import tokens_latent
 from ...flux_core.values import Conditioning
 from .conditioning import AnyConditioning, as_conditioning, is_guidance_off
 
-_BY_HAND = "position ids by hand: needs [native positions] before the sampler."
+_BY_HAND = "position ids by hand: needs 'Apply To Model (FLUX)' before the sampler."
 _NO_GUIDANCE = "no guidance is set: ComfyUI takes 3.5 where the model reads one."
 
 

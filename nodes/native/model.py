@@ -14,6 +14,7 @@ from ...flux_core.tokens.native import NativePlaces
 from ...flux_core.values import Conditioning
 from .. import host
 from ..runtime.not_native import NotNative
+from ..settings import settings_named
 
 _NETWORK = ("comfy.ldm.flux.model", "Flux")
 _BASES = ("Flux", "Flux2")  # in comfy.model_base; others share the network with other rules
@@ -30,8 +31,12 @@ class PlaceReferences:
     is_called: bool = False  # in the pass that runs
 
     def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Put our ids, and the text's own length, into the sequence."""
+        """Puts our ids, and the text's own length, into the sequence."""
         self.is_called = True
+        with settings_named():  # it is a node of ComfyUI's that runs
+            return self._placed(inputs)
+
+    def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         options = inputs["transformer_options"]
         if options.get("rope_options"):
             raise SettingError(

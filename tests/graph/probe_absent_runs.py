@@ -194,7 +194,7 @@ class Runs:
                 self._conditioning(self.tokens, self.tokens)
             ),
             "more than memory holds": lambda: self._guided(
-                native, replace(self.one, references=(huge,))
+                native, replace(self.one, references=(values.Reference(tokens=huge),))
             ),
         }
         for place, model in (("native", native), ("ours", self.model)):

@@ -164,13 +164,13 @@ def _cancelling(nodes: dict[str, Any]) -> Answer:
     plans: list[Any] = []
     original, calls = plan_module.Plan.velocity, 0
 
-    def counted(self: Any, x: torch.Tensor, step: int) -> torch.Tensor:
+    def counted(self: Any, x: torch.Tensor, sigma: float) -> torch.Tensor:
         nonlocal calls
         calls += 1
         plans.append(weakref.ref(self.txt))
         if calls == 3:
             mm.interrupt_current_processing(True)
-        return original(self, x, step)
+        return original(self, x, sigma)
 
     plan_module.Plan.velocity = counted
     interrupted = False
@@ -194,9 +194,9 @@ def _modulation(nodes: dict[str, Any]) -> Answer:
     loaded: list[list[str]] = []
     original = plan_module.Plan.velocity
 
-    def watched(self: Any, x: Any, step: int) -> Any:
+    def watched(self: Any, x: Any, sigma: float) -> Any:
         loaded.append([type(one.model.model).__name__ for one in mm.current_loaded_models])
-        return original(self, x, step)
+        return original(self, x, sigma)
 
     plan_module.Plan.velocity = watched
     _run(nodes, "SampleGuided", model=model, **inputs)

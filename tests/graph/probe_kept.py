@@ -28,7 +28,7 @@ class Bench:
         self.handles, self.host = _module("nodes.runtime.handles"), _module("nodes.host")
         self.kept, self.plan = (
             _module("nodes.runtime.reference_cache"),
-            _module("flux_core.transformer.plan"),
+            _module("flux_core.transformer.references"),
         )
         self.family = self.families.FLUX2_KLEIN_9B_KV
         self.spec = replace(
@@ -40,7 +40,7 @@ class Bench:
         )
         self.passes, self.told = 0, list[str]()
         self._count_passes()
-        self.host.tell = lambda messages: setattr(self, "told", list(messages))
+        self.host.notify = lambda messages: setattr(self, "told", list(messages))
 
     def _count_passes(self) -> None:
         original = self.plan.ReferencePass.__iter__
@@ -79,7 +79,8 @@ class Bench:
         generator = torch.Generator().manual_seed(PROMPTS[prompt])
         txt = torch.randn(1, 7, self.spec.context_width, generator=generator)
         text = values.TextFeatures(txt=txt, pooled=None)
-        return values.Conditioning(text=text, references=references)
+        seen = tuple(values.Reference(tokens=one) for one in references)
+        return values.Conditioning(text=text, references=seen)
 
     def run(
         self,
@@ -97,7 +98,10 @@ class Bench:
         noise = _module("flux_core.sampling.noise").make_noise(self.family.latent, *size, seed, 1)
         sigmas = torch.tensor([1.0, 0.8, 0.6, 0.3, 0.0])
         conditioning = self.conditioning(prompt, references)
-        return handle.sample(conditioning, noise, sigmas, "euler", cfg, mode).values
+        job = _module("flux_core.sampling.job").Job(
+            conditioning=conditioning, noise=noise, sigmas=sigmas, cfg=cfg
+        )
+        return _module("nodes.runtime.sample").sample(handle, job, mode).values
 
     def counted(self, *arguments: Any, **settings: Any) -> tuple[Any, int]:
         """Sample; the tokens, and how often references were computed."""
@@ -163,7 +167,7 @@ def _modes(bench: Bench) -> Answer:
         "modes_equal": _same(*(one for one, _ in results)),
         "modes_passes": [count for _, count in results],
         "modes_told": told,
-        "modes_left": handle.network.keep.__name__,
+        "modes_left": handle.network.reference_cache.__name__,
     }
 
 
@@ -188,16 +192,16 @@ def _bound(bench: Bench) -> Answer:
     handle = bench.handle()
     one, two, three = (bench.reference(seed) for seed in (1, 2, 3))
     bench.run(handle, one)
-    size = handle._kept.held_bytes
+    size = handle._cached.held_bytes
     available = bench.host.available_bytes
     bench.host.available_bytes = lambda device: (
-        2.5 * size / bench.kept._SHARE_OF_DEVICE - (handle._kept.held_bytes)
+        2.5 * size / bench.kept._SHARE_OF_DEVICE - (handle._cached.held_bytes)
     )
     try:
         passes = [bench.counted(handle, some)[1] for some in (two, one, three, one, two)]
     finally:
         bench.host.available_bytes = available
-    return {"bound_passes": passes, "bound_entries": handle._kept.held_bytes / size}
+    return {"bound_passes": passes, "bound_entries": handle._cached.held_bytes / size}
 
 
 def _memory(bench: Bench) -> Answer:
@@ -207,7 +211,7 @@ def _memory(bench: Bench) -> Answer:
     picture, expected = bench.reference(1), bench.run(bench.handle(), bench.reference(1))
     available, needed = bench.host.available_bytes, list[float]()
     before = bench.handle()
-    keep = bench.kept.KeepDuringRun
+    keep = bench.kept.RunCache
 
     def tight(device: Any) -> float:
         return needed[0] if needed else available(device)
@@ -216,12 +220,12 @@ def _memory(bench: Bench) -> Answer:
         needed.append(settings["step_bytes"])  # enough for it, and for the references' own pass
         return keep(*arguments, **settings)
 
-    bench.host.available_bytes, bench.handles.KeepDuringRun = tight, recorded
+    bench.host.available_bytes, bench.handles.RunCache = tight, recorded
     short, short_passes = bench.counted(before, picture)
     short_told = list(bench.told)
-    bench.host.available_bytes, bench.handles.KeepDuringRun = available, keep
+    bench.host.available_bytes, bench.handles.RunCache = available, keep
 
-    init, made = bench.kept._KeptBlock.__init__, 0
+    init, made = bench.kept._CachedBlock.__init__, 0
 
     def full(self: Any, kept: Any) -> None:
         nonlocal made
@@ -231,15 +235,15 @@ def _memory(bench: Bench) -> Answer:
         init(self, kept)
 
     while_computing = bench.handle()
-    bench.kept._KeptBlock.__init__ = full
+    bench.kept._CachedBlock.__init__ = full
     midway, midway_passes = bench.counted(while_computing, picture)
     midway_told = list(bench.told)
-    bench.kept._KeptBlock.__init__ = init
+    bench.kept._CachedBlock.__init__ = init
     return {
         "memory_equal": _same(expected, short, midway),
         "memory_passes": [short_passes, midway_passes],
         "memory_told": [short_told, midway_told],
-        "memory_held": [before._kept.held_bytes, while_computing._kept.held_bytes],
+        "memory_held": [before._cached.held_bytes, while_computing._cached.held_bytes],
         "memory_after": bench.counted(while_computing, picture)[1],
     }
 
@@ -250,9 +254,9 @@ def _free(bench: Bench) -> Answer:
 
     handle, picture = bench.handle(), bench.reference(1)
     expected = bench.run(handle, picture)
-    held = handle._kept.held_bytes
+    held = handle._cached.held_bytes
     mm.unload_all_models()
-    freed = handle._kept.held_bytes
+    freed = handle._cached.held_bytes
     again, passes = bench.counted(handle, picture)
     original, calls = bench.plan.Plan.velocity, 0
 
@@ -277,13 +281,13 @@ def _cancel(bench: Bench) -> Answer:
     """A cancel while references are computed, and one in the middle of the steps."""
     handle, picture = bench.handle(), bench.reference(1)
     expected = bench.run(bench.handle(), picture)
-    held = [_cancelled(bench, handle, picture, cls) for cls in ("_KeptBlock", "_Seen")]
+    held = [_cancelled(bench, handle, picture, cls) for cls in ("_CachedBlock", "_Seen")]
     result, passes = bench.counted(handle, picture)
     return {
         "cancel_held": held,
         "cancel_equal": _same(expected, result),
         "cancel_passes": passes,
-        "cancel_keep": handle.network.keep.__name__,
+        "cancel_keep": handle.network.reference_cache.__name__,
     }
 
 
@@ -292,7 +296,7 @@ def _cancelled(bench: Bench, handle: Any, picture: Any, where: str) -> int:
     import comfy.model_management as mm
 
     cls = getattr(bench.kept, where)
-    name = "__init__" if where == "_KeptBlock" else "__iter__"
+    name = "__init__" if where == "_CachedBlock" else "__iter__"
     original: Callable[..., Any] = getattr(cls, name)
 
     def cancelling(*arguments: Any) -> Any:
@@ -304,7 +308,7 @@ def _cancelled(bench: Bench, handle: Any, picture: Any, where: str) -> int:
     try:
         bench.run(handle, picture)
     except mm.InterruptProcessingException:
-        return handle._kept.held_bytes
+        return handle._cached.held_bytes
     finally:
         setattr(cls, name, original)
     raise AssertionError("the run was not cancelled")
@@ -333,7 +337,7 @@ def _life(bench: Bench) -> Answer:
 
     handle, picture = bench.handle(), bench.reference(1)
     bench.run(handle, picture)
-    (patcher,) = handle._kept._held.values()
+    (patcher,) = handle._cached._held.values()
     alive = [weakref.ref(one) for one in (handle, handle.network, patcher, patcher.model)]
     alive.append(weakref.ref(patcher.model.blocks[0].value))
     listed = any(one.model is patcher for one in mm.current_loaded_models)
@@ -354,7 +358,7 @@ def _preview(bench: Bench) -> Answer:
     pictures = list[Any]()
     for spec in (own, replace(own, preview_rgb=rows)):
         previewer = latent_preview.get_previewer(
-            torch.device("cpu"), bench.host._latent_format(spec)
+            torch.device("cpu"), bench.host.latent_format(spec)
         )
         pictures.append(previewer.decode_latent_to_preview(latent))
     theirs = latent_preview.get_previewer(torch.device("cpu"), comfy.latent_formats.Flux2())

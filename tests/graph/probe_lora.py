@@ -125,7 +125,7 @@ def _partly(bench: LoraBench, path: Path) -> Answer:
 
     handle = bench.apply(bench.handle(), path)
     expected = bench.run(handle)
-    bring, calls = bench.host.bring, list[int]()
+    bring, calls = bench.host.load, list[int]()
 
     def short(patchers: Any, activations: int) -> Any:
         device = bring(patchers, activations)
@@ -134,11 +134,11 @@ def _partly(bench: LoraBench, path: Path) -> Answer:
             calls.append(handle.patcher.model.lowvram_patch_counter)
         return device
 
-    bench.host.bring = short
+    bench.host.load = short
     try:
         picture = bench.run(handle)
     finally:
-        bench.host.bring = bring
+        bench.host.load = bring
     return {
         "partly_waiting": calls[-1],
         "partly": float((picture - expected).abs().max() / expected.abs().max()),

@@ -206,7 +206,7 @@ class ChangedBench(PackChanges, Bench):
         """Flux KV Cache under KSampler: with our conditioning, and with ComfyUI's own."""
         model, one = self.natives["FLUX.2"], self.conditioning("FLUX.2", 1, "index")
         node = self.native_nodes.NODE_CLASS_MAPPINGS["FluxKVCache"]
-        latent = self.run("UnpackLatent", tokens=one.references[0])["samples"]
+        latent = self.run("UnpackLatent", tokens=one.references[0].tokens)["samples"]
         ours, _ = self.run("ToConditioning", conditioning=one)
         theirs = [[one.text.txt, {"guidance": one.guidance, "reference_latents": [latent]}]]
         sigmas = self.inputs("FLUX.2")[1]
@@ -249,10 +249,10 @@ class ChangedBench(PackChanges, Bench):
         host = sys.modules[f"{probe.PACK}.nodes.host"]
         noise, _ = self.inputs(FAMILY)
         told: list[list[str]] = []
-        tell, host.tell = host.tell, told.append
+        tell, host.notify = host.notify, told.append
         for model in (shifted, self.native):
             self.run("Schedule", model=model, noise=noise, steps=2, kind="flux", sigmas="")
-        host.tell = tell
+        host.notify = tell
         return told
 
 

@@ -201,7 +201,7 @@ class Bench:
         """A native run without any node of the pack, one reference."""
         conditioning = self.conditioning("FLUX.1", 1, "offset")
         settings = {"pooled_output": conditioning.text.pooled, "guidance": 1.5}
-        samples = self.run("UnpackLatent", tokens=conditioning.references[0])["samples"]
+        samples = self.run("UnpackLatent", tokens=conditioning.references[0].tokens)["samples"]
         settings["reference_latents"] = [samples]
         _, sigmas = self.inputs("FLUX.1")
         native = [[conditioning.text.txt, settings]]

@@ -85,7 +85,7 @@ class World:
         ]
         pairs = zip(tensors[::2], tensors[1::2], strict=True)
         kept = [types.SimpleNamespace(key=key, value=value) for key, value in pairs]
-        return self.replaceable.ReplaceablePatcher(self.kept.KeptReferences(kept), FAR)
+        return self.replaceable.ReplaceablePatcher(self.kept.CachedReferences(kept), FAR)
 
     def load(self, *patchers: Any) -> None:
         self.mm.load_models_gpu(list(patchers))

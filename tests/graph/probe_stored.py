@@ -190,7 +190,7 @@ def _partly(bench: StoredBench, path: Path) -> Answer:
     handle = bench.load(path).with_changes(bench.parts(1))
     expected = bench.pictures(handle)
     whole = handle.patcher.loaded_size()
-    bring, left = bench.host.bring, list[int]()
+    bring, left = bench.host.load, list[int]()
 
     def short(patchers: Any, activations: int) -> Any:
         device = bring(patchers, activations)
@@ -199,11 +199,11 @@ def _partly(bench: StoredBench, path: Path) -> Answer:
             left.append(handle.patcher.loaded_size())
         return device
 
-    bench.host.bring = short
+    bench.host.load = short
     try:
         picture = bench.pictures(handle)
     finally:
-        bench.host.bring = bring
+        bench.host.load = bring
     back = bench.pictures(handle)
     bench.host.unload(handle.patcher)
     gone = handle.patcher.loaded_size()

@@ -38,6 +38,7 @@ NODES = [
     "GlassboxToConditioning",
     "GlassboxApplyToModel",
     "GlassboxApplyLoRA",
+    "GlassboxGuider",
 ]
 Json = dict[str, Any]
 
@@ -93,7 +94,7 @@ def _narrowed(was: Json, now: Json) -> list[str]:
         wrong.append("became required")
     if not set(was["type"].split(",")) <= set(now["type"].split(",")):
         wrong.append(f"type {was['type']} became {now['type']}")
-    if was["default"] != now["default"]:
+    if not required(was) and was["default"] != now["default"]:  # saved graphs hold the required
         wrong.append(f"default {was['default']} became {now['default']}")
     for choices in ("options", "names"):
         if not set(was.get(choices, ())) <= set(now.get(choices, ())):
@@ -162,6 +163,7 @@ def _node(*inputs: Json) -> Json:
     [
         _node(_entry()),
         _node(_entry(max=99)),
+        _node(_entry(default=2)),
         _node(_entry(type="INT,FLOAT")),
         _node(_entry(), _entry(id="b", kind="optional")),
         {**_node(_entry()), "outputs": [["x", "INT"], ["y", "INT"]]},
@@ -179,10 +181,14 @@ def test_additions_count_as_growth(after: Json) -> None:
         _node(_entry(id="b", kind="optional"), _entry()),
         _node(_entry(), _entry(id="b")),
         _node(_entry(type="FLOAT")),
-        _node(_entry(default=2)),
         _node(_entry(max=8)),
         {**_node(_entry()), "outputs": []},
     ],
 )
 def test_what_breaks_a_saved_graph_does_not(after: Json) -> None:
     assert shrinks(_node(_entry()), after)
+
+
+def test_the_default_of_an_optional_input_stays() -> None:
+    before, after = (_node(_entry(kind="optional", default=default)) for default in (1, 2))
+    assert shrinks(before, after)

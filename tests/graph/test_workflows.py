@@ -45,8 +45,8 @@ def schemas(comfy: Comfy) -> Json:
 
 def test_every_workflow_has_both_forms() -> None:
     assert [path.stem for path in sorted((FOLDER / "api").glob("*.json"))] == NAMES
-    assert len(NANO_NAMES) == 8
-    assert len(NAMES) == 16
+    assert len(NANO_NAMES) == 10
+    assert len(NAMES) == 18
 
 
 @pytest.mark.parametrize("name", NAMES)
