@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..image.autoencoder import Autoencoder
-from ..nano.world import COLOURS, KINDS, SIDE_PX
-from .flow import FlowBatch, flow_loss, logit_normal, predictor
-from .nano_model import ACTIONS, Lesson, TeachingHeads, fresh_transformer
-from .nano_pool import (
+from ...flux_core.image.autoencoder import Autoencoder
+from ...flux_core.training.flow import FlowBatch, flow_loss, logit_normal, predictor
+from ...flux_core.training.optim import Clock, MatrixMuon, MovingAverage, learning_rate, set_rates
+from .model import ACTIONS, Lesson, TeachingHeads, fresh_transformer
+from .pool import (
     TOKEN_PX,
     Pair,
     Picture,
@@ -22,10 +22,10 @@ from .nano_pool import (
     draw_sampled_pairs,
     spoken,
 )
-from .nano_text import Said
-from .nano_variants import VARIANTS
-from .optim import Clock, MatrixMuon, MovingAverage, learning_rate, set_rates
 from .ranks import Rank, average_gradients, gather_updates, share_from_lead
+from .text import Said
+from .variants import VARIANTS
+from .world import COLOURS, KINDS, SIDE_PX
 
 logger = logging.getLogger(__name__)
 CHANGED_WEIGHT = 3.0  # beside the 1 of every token

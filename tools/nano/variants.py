@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..families import NANO_AUTOENCODER, NANO_FLUX2_AUTOENCODER, NANO_KLEIN, NANO_KONTEXT
-from ..nano.paths import NANO_KLEIN_FILES, NANO_KONTEXT_FILES, NanoFiles
-from ..specs import AutoencoderSpec, FluxFamily
-from .nano_text import NanoClipT5, NanoQwen, NanoText
+from ...flux_core.families import NANO_AUTOENCODER, NANO_FLUX2_AUTOENCODER, NANO_KLEIN, NANO_KONTEXT
+from ...flux_core.nano.paths import NANO_KLEIN_FILES, NANO_KONTEXT_FILES, NanoFiles
+from ...flux_core.specs import AutoencoderSpec, FluxFamily
+from .text import NanoClipT5, NanoQwen, NanoText
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,11 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from ..families import NANO_KLEIN, NANO_KONTEXT, NANO_QWEN3
-from ..nano.paths import CLIP_TOKENIZER, QWEN_TOKENIZER, T5_TOKENIZER
-from ..operations import torch_operations
-from ..specs import ClipT5Spec
-from ..text.modules import (
+from ...flux_core.families import NANO_KLEIN, NANO_KONTEXT, NANO_QWEN3
+from ...flux_core.nano.paths import CLIP_TOKENIZER, QWEN_TOKENIZER, T5_TOKENIZER
+from ...flux_core.operations import torch_operations
+from ...flux_core.specs import ClipT5Spec
+from ...flux_core.text.modules import (
     ClipSpec,
     LanguageModelShape,
     T5Spec,
@@ -21,7 +21,7 @@ from ..text.modules import (
     build_t5,
     hidden_states,
 )
-from ..text.tokenizers import load_clip_tokenizer, load_qwen_tokenizer, load_t5_tokenizer
+from ...flux_core.text.tokenizers import load_clip_tokenizer, load_qwen_tokenizer, load_t5_tokenizer
 
 QWEN_VOCABULARY = 512
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nano.world import COLOURS, KINDS
-from ..specs import FluxFamily, TransformerSpec
-from ..transformer.flux import Flux, build_flux
+from ...flux_core.specs import FluxFamily, TransformerSpec
+from ...flux_core.transformer.flux import Flux, build_flux
+from .world import COLOURS, KINDS
 
 ACTIONS = ("recolour", "background", "remove", "add", "caption")
 WEIGHTS = {

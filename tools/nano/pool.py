@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..image.autoencoder import Autoencoder
-from ..nano.drawing import Floats, compose, coverage
-from ..nano.wording import speak
-from ..nano.world import (
+from ...flux_core.image.autoencoder import Autoencoder
+from ...flux_core.specs import LatentSpec
+from ...flux_core.tokens.pack import pack_latent
+from .autoencoder import SHARPNESS
+from .drawing import Floats, compose, coverage
+from .wording import speak
+from .world import (
     COLOURS,
     KINDS,
     SIDE_PX,
@@ -38,9 +41,6 @@ from ..nano.world import (
     with_colour,
     without,
 )
-from ..specs import LatentSpec
-from ..tokens.pack import pack_latent
-from .autoencoder import SHARPNESS
 
 TOKEN_PX = 16
 _NO_LABEL = -100

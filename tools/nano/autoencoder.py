@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from ..image.autoencoder import Autoencoder
-from ..nano.drawing import draw
-from ..nano.world import COLOURS, Scene, random_scene
-from ..specs import AutoencoderSpec, LatentSpec
-from .optim import Clock, MatrixMuon, MovingAverage, learning_rate, set_rates
+from ...flux_core.image.autoencoder import Autoencoder
+from ...flux_core.specs import AutoencoderSpec, LatentSpec
+from ...flux_core.training.optim import Clock, MatrixMuon, MovingAverage, learning_rate, set_rates
+from .drawing import draw
 from .ranks import Rank, average_gradients, gather_updates, share_from_lead
+from .world import COLOURS, Scene, random_scene
 
 logger = logging.getLogger(__name__)
 LATENT_NOISE = 0.06  # of the posterior, where the transformer's scale makes the latent unit size

@@ -1,13 +1,12 @@
-"""How well a nano model edits: strict success on held-out scenes, as a table.
+"""Measures how well a nano model edits: `python tools/run.py nano.evaluate --model klein`.
 
-Run as `python -m flux_core.nano.evaluate`, in the pack's folder.
+Prints the share of held-out scenes that strictly succeed, as a Markdown table.
 """
 
 import argparse
 import logging
 import os
 import random
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,21 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..families import NANO_KLEIN, NANO_KONTEXT
-from ..image.autoencoder import Autoencoder
-from ..image.pixels import to_image, to_pixels
-from ..sampling.denoise import denoise, finish
-from ..sampling.noise import make_noise
-from ..sampling.sigmas import flux_sigmas
-from ..specs import FluxFamily
-from ..text.encoders import PromptEncoder
-from ..tokens.pack import latent_tokens, tokens_latent
-from ..tokens.references import place_references
-from ..transformer.flux import Flux
-from ..values import Conditioning, TextFeatures
-from ..weights.load import load_autoencoder, load_flux
-from ..weights.text_encoders import load_text_encoders
-from . import paths
+from ...flux_core.families import NANO_KLEIN, NANO_KONTEXT
+from ...flux_core.image.autoencoder import Autoencoder
+from ...flux_core.image.pixels import to_image, to_pixels
+from ...flux_core.nano import paths
+from ...flux_core.sampling.denoise import denoise, finish
+from ...flux_core.sampling.noise import make_noise
+from ...flux_core.sampling.sigmas import flux_sigmas
+from ...flux_core.specs import FluxFamily
+from ...flux_core.text.encoders import PromptEncoder
+from ...flux_core.tokens.pack import latent_tokens, tokens_latent
+from ...flux_core.tokens.references import place_references
+from ...flux_core.transformer.flux import Flux
+from ...flux_core.values import Conditioning, TextFeatures
+from ...flux_core.weights.load import load_autoencoder, load_flux
+from ...flux_core.weights.text_encoders import load_text_encoders
 from .drawing import Floats, draw, draw_pillow
 from .judge import judge
 from .world import EDITS, SAMPLED, SIDE_PX, Action, Edit, random_edit
@@ -234,8 +233,4 @@ def main() -> None:
     lines = table(
         models[options.model], options.folder, options.count, options.seed, options.processes
     )
-    sys.stdout.write("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    print("\n".join(lines))

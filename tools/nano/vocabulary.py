@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .paths import CLIP_TOKENIZER, QWEN_TOKENIZER, T5_TOKENIZER
+from ...flux_core.nano.paths import CLIP_TOKENIZER, QWEN_TOKENIZER, T5_TOKENIZER
 from .wording import PUNCTUATION, vocabulary
 from .world import COLOURS, KINDS
 

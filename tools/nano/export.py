@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from ..image.autoencoder import Autoencoder
-from ..nano import paths
-from ..weights.detect import FAMILY_KEY
-from ..weights.load import save_bfl
-from .nano_model import fresh_transformer
-from .nano_variants import NanoVariant
+from ...flux_core.image.autoencoder import Autoencoder
+from ...flux_core.nano import paths
+from ...flux_core.weights.detect import FAMILY_KEY
+from ...flux_core.weights.load import save_bfl
+from .model import fresh_transformer
+from .variants import NanoVariant
 
 
 def export_flow(
