@@ -37,14 +37,6 @@ def keep_for_the_run(references: tuple[Tokens, ...], computed: ReferencePass) ->
     return tuple(computed)
 
 
-def compute_every_step(
-    references: tuple[Tokens, ...], computed: ReferencePass
-) -> Iterable[KeyValue]:
-    """Compute what references are seen as anew in every step: slow, and holds nothing."""
-    del references
-    return computed
-
-
 class Flux(nn.Module):
     """The transformer.
 

@@ -18,7 +18,7 @@ from glassbox.flux_core.sampling.guidance import TrueCFG, guider, join
 from glassbox.flux_core.sampling.sigmas import linear_sigmas
 from glassbox.flux_core.specs import FluxFamily
 from glassbox.flux_core.tokens.pack import latent_tokens
-from glassbox.flux_core.transformer.flux import Flux, compute_every_step, keep_for_the_run
+from glassbox.flux_core.transformer.flux import Flux, keep_for_the_run
 from glassbox.flux_core.values import Conditioning, TextFeatures
 from glassbox.tests.core import tiny_flux2 as tiny
 
@@ -88,7 +88,7 @@ def test_references_that_both_passes_share_are_computed_and_held_once(end, passe
     kept = run(network, positive, 2, negative=negative, passes=passes, end=end)
     assert len(held) == 1
     assert {kv.key.shape[0] for kv in held[0]} == {1}
-    network.keep = compute_every_step
+    network.keep = tiny.compute_every_step
     again = run(network, positive, 2, negative=negative, passes=passes, end=end)
     assert torch.equal(kept, again)
 

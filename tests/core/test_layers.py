@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(
-    path for folder in ("flux_core", "nodes", "tools") for path in (ROOT / folder).rglob("*.py")
-)
+FOLDERS = ("flux_core", "nodes", "tools")
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 # Single files of flux_core/ are its vocabulary: all may read them, they read only each other.
 VOCABULARY = {path.stem for path in (ROOT / "flux_core").glob("*.py")}
@@ -40,7 +39,7 @@ DOORS = {"comfy_api"}  # what every file in nodes/ may import; the rest of HOST 
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and absolute dotted name of every import; ours begin with `flux_core`, `nodes` or `tools`."""
+    """Line and absolute dotted name of every import; ours begin with a folder of the pack."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
         if isinstance(node, ast.Import):
@@ -60,9 +59,7 @@ def absolute_own_imports(path: Path) -> list[str]:
     names += [
         n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level
     ]
-    return [
-        name for name in names if name.split(".")[0] in {"flux_core", "nodes", "tools", "glassbox"}
-    ]
+    return [name for name in names if name.split(".")[0] in {*FOLDERS, "glassbox"}]
 
 
 def layer_of(path: Path) -> str:

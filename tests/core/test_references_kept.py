@@ -13,7 +13,7 @@ from torch import Tensor
 from glassbox.flux_core.families import FLUX2_KLEIN_9B, FLUX2_KLEIN_9B_KV
 from glassbox.flux_core.sampling.denoise import denoise
 from glassbox.flux_core.sampling.sigmas import flux_sigmas
-from glassbox.flux_core.transformer.flux import Flux, compute_every_step, keep_for_the_run
+from glassbox.flux_core.transformer.flux import Flux, keep_for_the_run
 from glassbox.flux_core.values import Conditioning, Tokens
 from glassbox.tests.core import tiny_flux2 as tiny
 from glassbox.tests.core.masked_flux2 import masked_velocity
@@ -58,7 +58,7 @@ def test_kept_equals_computed_in_every_step_bit_for_bit(dtype, solver: str) -> N
     network = tiny.network(FAMILY, dtype=dtype)
     one = tiny.conditioning(1, tiny.pictures(1, 2))
     results = []
-    for network.keep in (keep_for_the_run, compute_every_step, Store()):
+    for network.keep in (keep_for_the_run, tiny.compute_every_step, Store()):
         results.append(run(network, one, tiny.noise(), solver=solver))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

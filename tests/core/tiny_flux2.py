@@ -1,5 +1,6 @@
 """A tiny FLUX.2 network with random weights, and what it is fed."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,9 @@ from glassbox.flux_core.families import FLUX2_KLEIN_9B, FLUX2_LATENT
 from glassbox.flux_core.sampling.noise import make_noise
 from glassbox.flux_core.specs import FluxFamily
 from glassbox.flux_core.tokens.references import place_references
+from glassbox.flux_core.transformer.blocks import KeyValue
 from glassbox.flux_core.transformer.flux import Flux, build_flux
+from glassbox.flux_core.transformer.plan import ReferencePass
 from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens
 
 CONTEXT = 24
@@ -58,3 +61,10 @@ def conditioning(
     txt = torch.randn(batch, length, CONTEXT, generator=draw)
     text = TextFeatures(txt=txt, pooled=None)
     return Conditioning(text=text, references=references, guidance=guidance)
+
+
+def compute_every_step(
+    references: tuple[Tokens, ...], computed: ReferencePass
+) -> Iterable[KeyValue]:
+    """The plain rule that a cache is compared with: references are computed anew in every step."""
+    return computed
