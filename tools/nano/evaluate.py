@@ -43,7 +43,7 @@ _BATCH = 20
 
 @dataclass(frozen=True, slots=True)
 class NanoModel:
-    """The embedded model, loaded."""
+    """An embedded model, loaded."""
 
     network: Flux
     encoders: PromptEncoder
@@ -51,11 +51,11 @@ class NanoModel:
 
 
 def load_nano(family: FluxFamily = NANO_KONTEXT, folder: Path = paths.FOLDER) -> NanoModel:
-    """Load an embedded model in float32.
+    """Loads an embedded model in float32.
 
     Args:
-        family: which.
-        folder: may hold another training's files.
+        family: of the model.
+        folder: of the embedded files, or of another training's.
     """
     files = paths.FILES[family.name]
 
@@ -77,14 +77,14 @@ def load_nano(family: FluxFamily = NANO_KONTEXT, folder: Path = paths.FOLDER) ->
 
 @torch.no_grad()
 def run_edits(
-    model: NanoModel, pictures: Sequence[Tensor], prompts: Sequence[str], *, seed: int, steps: int
+    model: NanoModel, images: Sequence[Tensor], prompts: Sequence[str], *, seed: int, steps: int
 ) -> Tensor:
-    """Edit a batch of pictures, one prompt each.
+    """Edits a batch of images, one prompt each.
 
     Args:
         model: the embedded one.
-        pictures: each (B, H, W, 3) in 0..1: the first references of all edits, then the second
-            ones; none makes pictures from text alone.
+        images: the references, each (B, H, W, 3) in 0..1: the first of all edits, then the
+            second; without any, images are made from text alone.
         prompts: B instructions.
         seed: of the noise.
         steps: Euler steps.
@@ -99,14 +99,14 @@ def run_edits(
         txt=torch.cat([one.txt for one in features]),
         pooled=torch.cat(pooled) if pooled else None,
     )
-    latents = [model.autoencoder.encode(to_pixels(one)) for one in pictures]
-    seen = [latent_tokens(latent, family.latent) for latent in latents]
-    references = place_references(seen, family.references.placement)
+    latents = [model.autoencoder.encode(to_pixels(one)) for one in images]
+    tokens = [latent_tokens(latent, family.latent) for latent in latents]
+    references = place_references(tokens, family.references.placement)
     noise = make_noise(family.latent, SIDE_PX, SIDE_PX, seed, len(prompts))
     sigmas = flux_sigmas(family.schedule, noise.values.shape[1], steps)
-    wanted = Conditioning(text=text, references=references, guidance=family.default_guidance)
+    conditioning = Conditioning(text=text, references=references, guidance=family.default_guidance)
     x = noise.values
-    for step in denoise(model.network, wanted, noise, sigmas):
+    for step in denoise(model.network, conditioning, noise, sigmas):
         x = step.x
     return to_image(model.autoencoder.decode(tokens_latent(finish(x, noise))))
 
@@ -114,7 +114,7 @@ def run_edits(
 def draw_edits(
     action: Action, shapes: int, count: int, seed: int, *, sampled: bool = False
 ) -> list[Edit]:
-    """Draw held-out edits of one kind; what they ask for always differs from what is there."""
+    """Returns random held-out edits of one kind; each changes the image."""
     rng = random.Random(f"{action} {shapes} {seed}")
     edits = [random_edit(action, shapes, rng, held_out=True, sampled=sampled) for _ in range(count)]
     for edit in edits:
@@ -124,15 +124,15 @@ def draw_edits(
 
 
 def success(
-    model: NanoModel, edits: Sequence[Edit], *, picture: Draw = draw, shuffled: bool = False
+    model: NanoModel, edits: Sequence[Edit], *, renderer: Draw = draw, shuffled: bool = False
 ) -> float:
-    """Share of edits that strictly succeed.
+    """Returns the share of edits that strictly succeed.
 
     Args:
         model: the embedded one.
         edits: of one kind.
-        picture: draws the scene to edit.
-        shuffled: every scene gets the instruction of another, and is judged by its own.
+        renderer: draws the scene to edit.
+        shuffled: whether each scene gets the instruction of another; it is judged by its own.
     """
     prompts = [edit.text for edit in edits]
     if shuffled:
@@ -142,23 +142,25 @@ def success(
         part = edits[start : start + _BATCH]
         before = [edit.before for edit in part if edit.before is not None]
         samples = [edit.sample for edit in part if edit.sample is not None]
-        seen = [
-            torch.from_numpy(np.stack([picture(scene) for scene in scenes]))
+        references = [
+            torch.from_numpy(np.stack([renderer(scene) for scene in scenes]))
             for scenes in (before, samples)
             if scenes
         ]
-        made = run_edits(model, seen, prompts[start : start + _BATCH], seed=start, steps=steps)
+        results = run_edits(
+            model, references, prompts[start : start + _BATCH], seed=start, steps=steps
+        )
         for row, edit in enumerate(part):
-            right += judge(made[row].numpy(), edit.after, edit.before).is_success
+            right += judge(results[row].numpy(), edit.after, edit.before).is_success
     return right / len(edits)
 
 
 @torch.no_grad()
-def autoencoder_db(model: NanoModel, edits: Sequence[Edit], picture: Draw) -> float:
-    """Mean peak signal-to-noise ratio of the autoencoder on the edits' scenes."""
+def autoencoder_db(model: NanoModel, edits: Sequence[Edit], renderer: Draw) -> float:
+    """Returns the autoencoder's mean peak signal-to-noise ratio on the edits' scenes, in dB."""
     levels: list[float] = []
     for start in range(0, len(edits), _BATCH):
-        drawn = np.stack([picture(edit.after) for edit in edits[start : start + _BATCH]])
+        drawn = np.stack([renderer(edit.after) for edit in edits[start : start + _BATCH]])
         image = torch.from_numpy(drawn)
         again = to_image(model.autoencoder.decode(model.autoencoder.encode(to_pixels(image))))
         error = (again - image).square().mean(dim=(1, 2, 3))
@@ -167,14 +169,14 @@ def autoencoder_db(model: NanoModel, edits: Sequence[Edit], picture: Draw) -> fl
 
 
 def table(family: FluxFamily, folder: Path, count: int, seed: int, processes: int) -> list[str]:
-    """Measure everything; give the lines of a Markdown table.
+    """Measures everything and returns the lines of a Markdown table.
 
     Args:
-        family: which model.
-        folder: where the model lies.
+        family: of the model.
+        folder: of its files.
         count: scenes of each kind.
         seed: of the scenes and the noise.
-        processes: of one thread each.
+        processes: number of processes, of one thread each.
     """
     lines = [
         f"| strict success, {count} held-out scenes each, {family.default_steps} steps "
@@ -202,31 +204,31 @@ def _row(
     model = load_nano(family, folder)
     both = [draw_edits(action, shapes, count, seed, sampled=sampled) for shapes in (1, 2)]
     cells = [success(model, edits) for edits in both]
-    cells += [success(model, edits, picture=draw_pillow) for edits in both]
+    cells += [success(model, edits, renderer=draw_pillow) for edits in both]
     cells += [success(model, edits, shuffled=True) for edits in both]
     name = f"{action}, from image 2" if sampled else action
     return f"| {name} | " + " | ".join(f"{cell:.0%}" for cell in cells) + " |"
 
 
 def _rest(family: FluxFamily, folder: Path, count: int, seed: int) -> list[str]:
-    """Measure text-to-image and the autoencoder."""
+    """Measures text-to-image and the autoencoder."""
     model = load_nano(family, folder)
     scenes = draw_edits("recolour", 2, count, seed + 1)
     captions = draw_edits("caption", 1, count, seed)
     lines = [f"text-to-image: {success(model, captions):.0%} of {count} captions"]
-    for name, picture in (("own renderer", draw), ("Pillow", draw_pillow)):
-        lines.append(f"autoencoder, {name}: {autoencoder_db(model, scenes, picture):.1f} dB")
+    for name, renderer in (("own renderer", draw), ("Pillow", draw_pillow)):
+        lines.append(f"autoencoder, {name}: {autoencoder_db(model, scenes, renderer):.1f} dB")
     return lines
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     models = {"kontext": NANO_KONTEXT, "klein": NANO_KLEIN}
     parser.add_argument("--model", choices=list(models), default="kontext")
     parser.add_argument("--count", type=int, default=100, help="scenes of each kind")
     parser.add_argument("--seed", type=int, default=2026, help="of the held-out scenes")
-    parser.add_argument("--folder", type=Path, default=paths.FOLDER, help="where the model lies")
+    parser.add_argument("--folder", type=Path, default=paths.FOLDER, help="of the model's files")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,7 +1,7 @@
 """Trains a nano model from a seed: `python tools/run.py nano.train --model klein`.
 
-Three parts, each for a time: the autoencoder, the flow (transformer and text encoders), and the
-decoder once more, with the latent fixed. Then the files are written.
+Three parts, each with a time budget: the autoencoder, the flow (transformer and text encoders), and
+the decoder once more, with the latent frozen. Then the files are written.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def _third(rank: Rank, variant: str, source: Path, out: Path, seed: int, budget_
 
 
 def main() -> None:
-    """Train and write the files."""
+    """Trains a model and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=list(VARIANTS), default="kontext")
     parser.add_argument("--out", type=Path, default=paths.FOLDER, help="folder for the files")
@@ -56,10 +56,10 @@ def main() -> None:
     parser.add_argument("--flow-minutes", type=float, default=75.0)
     parser.add_argument("--decoder-minutes", type=float, default=13.0)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ.update(_MALLOC)  # big blocks are kept: asking for them anew costs half the time
+    os.environ.update(_MALLOC)  # big blocks are reused: allocating them anew costs half the time
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     name = options.model
