@@ -120,7 +120,7 @@ NANO_KONTEXT = FluxFamily(
     default_steps=8,
     default_guidance=1.0,
     file_hints=("glassbox_nano_kontext",),
-    source="this project, flux_core/training/nano.py",
+    source="this project, tools/nano/train.py",
 )
 NANO_AUTOENCODER = AutoencoderSpec(
     channels=16, channel_mult=(1, 2, 4, 8), res_blocks=1, norm_groups=2, latent=NANO_FLUX1_LATENT
@@ -304,7 +304,7 @@ NANO_KLEIN = FluxFamily(
     default_steps=4,
     default_guidance=1.0,
     file_hints=("glassbox_nano_klein",),
-    source="this project, flux_core/training/nano.py",
+    source="this project, tools/nano/train.py",
 )
 
 LATENTS = {

@@ -1,7 +1,7 @@
-"""The flow-matching loss of FLUX: what every training in this project minimises.
+"""The flow-matching loss of FLUX, which every training in this project minimises.
 
 Source: Lipman et al. 2023, "Flow Matching"; black-forest-labs/flux@802fb47 src/flux/sampling.py
-denoise, whose Euler steps this training makes true.
+denoise, whose Euler steps integrate the velocity that is learned here.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,10 @@ Density = Callable[[int, torch.Generator], Tensor]
 
 
 def logit_normal(mean: float, spread: float) -> Density:
-    """Draw sigmas as sigmoid(N(mean, spread)); a mean above 0 favours noisy ones."""
+    """Returns the density of sigmoid(N(mean, spread)); a mean above 0 favours noisy sigmas.
+
+    Source: Esser et al. 2024, "Scaling Rectified Flow Transformers".
+    """
 
     def draw(count: int, generator: torch.Generator) -> Tensor:
         return torch.sigmoid(mean + spread * torch.randn(count, generator=generator))
@@ -29,13 +32,13 @@ def logit_normal(mean: float, spread: float) -> Density:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowBatch:
-    """Clean tokens in the transformer's scale, and what they are conditioned on."""
+    """Clean tokens in the transformer's scale, and their conditioning."""
 
     target: TokenValues  # (B, N, D)
     references: tuple[TokenValues, ...]  # each (B, N, D), on the target's grid
     txt: Tensor  # (B, T, E)
     pooled: Tensor | None  # (B, P)
-    weight: Tensor  # (B, N), weight of each target token
+    weight: Tensor  # (B, N), of each target token in the loss
 
 
 def flow_loss(
@@ -44,17 +47,17 @@ def flow_loss(
     density: Density,
     generator: torch.Generator,
 ) -> Tensor:
-    """Mean squared error of the velocity over the target's tokens.
+    """Returns the mean squared error of the velocity over the target's tokens.
 
     Args:
-        predict: (x (B, N, D), sigma (B,)) to the velocity of the target; references are its
-            own business, and stay clean.
+        predict: maps x (B, N, D) and sigma (B,) to the velocity of the target, (B, N, D); it adds
+            the references, which are never noised.
         batch: target and token weights.
-        density: how often each sigma is trained.
+        density: of the sigmas, in 0..1.
         generator: of noise and sigmas.
 
     Returns:
-        a scalar; x_sigma = (1 - sigma) x0 + sigma noise, and the velocity is noise - x0.
+        a float32 scalar; x = (1 - sigma) x0 + sigma noise, and the velocity is noise - x0.
     """
     clean = batch.target.float()
     sigma = density(clean.shape[0], generator)

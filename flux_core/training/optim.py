@@ -1,4 +1,4 @@
-"""Optimisers, a schedule that knows the clock, and the moving average of weights."""
+"""The Muon optimiser, a learning rate over time, and the moving average of weights."""
 
 import math
 import time
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Muon, Optimizer
+from torch.optim import Optimizer
 
 
 @dataclass(slots=True)
 class Clock:
-    """How far training is, by time rather than by steps: a slow machine makes fewer steps.
+    """Progress of a training by time, not steps: a slow machine makes fewer steps.
 
     Args:
         budget_s: seconds the whole run may take.
-        spent_s: seconds spent before, when a run is taken up again.
+        spent_s: seconds spent before a resumed run.
     """
 
     budget_s: float
@@ -30,17 +30,17 @@ class Clock:
 
     @property
     def progress(self) -> float:
-        """0 at the start, 1 when the time is used up."""
+        """From 0 at the start to 1 at the end of the budget."""
         return min(1.0, self.elapsed_s / self.budget_s)
 
 
 def learning_rate(progress: float, *, warmup: float = 0.01, flat: float = 0.0) -> float:
-    """Give the factor of the peak rate: a linear rise, a plateau, half a cosine down to zero.
+    """Returns the factor of the peak rate: a linear rise, a plateau, half a cosine down to 0.
 
     Args:
-        progress: 0..1 of the run.
-        warmup: part of the run in which the rate rises.
-        flat: where the fall begins.
+        progress: of the run, in 0..1.
+        warmup: end of the rise, in 0..1.
+        flat: end of the plateau, in 0..1.
     """
     if progress < warmup:
         return progress / warmup
@@ -49,21 +49,22 @@ def learning_rate(progress: float, *, warmup: float = 0.01, flat: float = 0.0) -
 
 
 class MatrixMuon:
-    """Muon over weights of any number of axes, seen as matrices (rows, all the rest).
+    """Muon for weights of two or more axes, flattened to matrices (rows, all other axes).
 
     Args:
         weights: of linear layers and convolutions.
-        rate: peak learning rate; an update's elements have the size that Adam's would have at a
-            fifth of it.
-        owner, owners: with several processes, each updates every owners-th weight and
-            `ranks.gather_updates` spreads the result.
+        rate: peak learning rate; updates are as large as Adam's at a fifth of it.
+        owner, owners: index and number of processes; each updates every owners-th weight, and the
+            caller copies `shares[owner]` to the others.
 
-    Source: Jordan et al. 2024, "Muon"; torch.optim.Muon.
+    Source: Jordan et al. 2024, "Muon"; torch.optim.Muon, which needs torch 2.9.
     """
 
     def __init__(
         self, weights: Sequence[nn.Parameter], rate: float, *, owner: int = 0, owners: int = 1
     ) -> None:
+        from torch.optim import Muon  # late: the rest of this file runs with torch 2.7
+
         self.shares = [list(weights[share::owners]) for share in range(owners)]
         self._own = self.shares[owner]
         self._matrices = [nn.Parameter(weight.data.flatten(1)) for weight in self._own]
@@ -76,14 +77,14 @@ class MatrixMuon:
         )
 
     def step(self) -> None:
-        """Update this process's share from the weights' gradients."""
+        """Updates this process's share from the weights' gradients."""
         for matrix, weight in zip(self._matrices, self._own, strict=True):
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
         self.optimizer.step()
 
 
 def set_rates(optimizers: Sequence[Optimizer], factor: float) -> None:
-    """Set every learning rate to `factor` times its peak."""
+    """Sets every learning rate to `factor` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group.setdefault("peak_lr", group["lr"])
@@ -94,8 +95,8 @@ class MovingAverage:
     """Exponential moving average of the weights of several modules.
 
     Args:
-        modules: their parameters are followed, in order.
-        decay: what is kept per step, once enough steps are made.
+        modules: whose parameters are averaged, in order.
+        decay: share of the average that stays in a step, after a warm-up; in 0..1.
     """
 
     def __init__(self, modules: Sequence[nn.Module], decay: float) -> None:
@@ -109,7 +110,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move every average towards its weight."""
+        """Moves every average towards its weight."""
         self._steps += 1
         decay = min(self._decay, self._steps / (self._steps + 10))
         for average, weight in zip(self.averages, self._weights(), strict=True):
@@ -117,8 +118,8 @@ class MovingAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange weights and averages; a second call puts them back."""
+        """Exchanges weights and averages; a second call restores them."""
         for average, weight in zip(self.averages, self._weights(), strict=True):
-            kept = weight.detach().clone()
+            old = weight.detach().clone()
             weight.copy_(average)
-            average.copy_(kept)
+            average.copy_(old)

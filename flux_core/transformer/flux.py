@@ -39,14 +39,6 @@ def cache_for_the_run(
     return tuple(computed)
 
 
-def compute_every_step(
-    references: tuple[Tokens, ...], computed: ReferencePass
-) -> Iterable[KeyValue]:
-    """Computes keys and values of isolated references anew in every step: slow, holds nothing."""
-    del references
-    return computed
-
-
 class Flux(nn.Module):
     """The transformer.
 

@@ -19,7 +19,7 @@ from glassbox.flux_core.sampling.run import run as run_job
 from glassbox.flux_core.sampling.sigmas import linear_sigmas
 from glassbox.flux_core.specs import FluxFamily
 from glassbox.flux_core.tokens.pack import latent_tokens
-from glassbox.flux_core.transformer.flux import Flux, cache_for_the_run, compute_every_step
+from glassbox.flux_core.transformer.flux import Flux, cache_for_the_run
 from glassbox.flux_core.values import Conditioning, Reference, TextFeatures
 from glassbox.tests.core import tiny_flux2 as tiny
 
@@ -88,7 +88,7 @@ def test_references_that_both_passes_share_are_computed_and_held_once(end, passe
     cached = run(network, positive, 2, negative=negative, passes=passes, end=end)
     assert len(held) == 1
     assert {kv.key.shape[0] for kv in held[0]} == {1}
-    network.reference_cache = compute_every_step
+    network.reference_cache = tiny.compute_every_step
     again = run(network, positive, 2, negative=negative, passes=passes, end=end)
     assert torch.equal(cached, again)
 

@@ -1,11 +1,15 @@
-"""Arrows point one way: web → nodes → flux_core → torch, and one way inside flux_core."""
+"""Arrows point one way: web → nodes → flux_core → torch, and one way inside flux_core.
+
+tools/ may use flux_core; it is not shipped, so nothing that is may use tools/.
+"""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted([*(ROOT / "flux_core").rglob("*.py"), *(ROOT / "nodes").rglob("*.py")])
+FOLDERS = ("flux_core", "nodes", "tools")
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 # Single files of flux_core/ are its vocabulary: all may read them, they read only each other.
 VOCABULARY = {path.stem for path in (ROOT / "flux_core").glob("*.py")}
@@ -17,8 +21,8 @@ MAY_IMPORT = {
     "transformer": FLOW,
     "sampling": FLOW | {"transformer"},
     "weights": FLOW | {"transformer", "sampling"},
-    "nano": FLOW | {"transformer", "sampling", "weights"},
-    "training": FLOW | {"transformer", "sampling", "weights", "nano"},
+    "nano": set[str](),
+    "training": FLOW | {"transformer", "sampling", "weights"},
 }
 HOST = {
     "comfy",
@@ -35,7 +39,7 @@ DOORS = {"comfy_api"}  # what every file in nodes/ may import; the rest of HOST 
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and absolute dotted name of every import; ours begin with `flux_core` or `nodes`."""
+    """Line and absolute dotted name of every import; ours begin with a folder of the pack."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
         if isinstance(node, ast.Import):
@@ -55,7 +59,7 @@ def absolute_own_imports(path: Path) -> list[str]:
     names += [
         n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level
     ]
-    return [name for name in names if name.split(".")[0] in {"flux_core", "nodes", "glassbox"}]
+    return [name for name in names if name.split(".")[0] in {*FOLDERS, "glassbox"}]
 
 
 def layer_of(path: Path) -> str:
@@ -81,8 +85,10 @@ def test_imports_point_one_way() -> None:
 
 def _allowed(path: Path, name: str) -> bool:
     """Whether a file may import a dotted name."""
-    parts = name.split(".")
-    if path.is_relative_to(ROOT / "nodes"):
+    parts, folder = name.split("."), path.relative_to(ROOT).parts[0]
+    if parts[0] == "tools" or folder == "tools":
+        return folder == "tools" and parts[0] not in HOST | {"nodes"}
+    if folder == "nodes":
         return parts[0] not in HOST - DOORS or path.parent.name == "host"
     if parts[0] in HOST | {"nodes"}:
         return False

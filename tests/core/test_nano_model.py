@@ -11,17 +11,17 @@ from glassbox.flux_core.families import (
     NANO_KONTEXT,
 )
 from glassbox.flux_core.nano import paths
-from glassbox.flux_core.nano.drawing import draw, draw_pillow
-from glassbox.flux_core.nano.evaluate import (
+from glassbox.flux_core.transformer.flux import build_flux
+from glassbox.flux_core.weights.files import open_checkpoint
+from glassbox.tools.nano.drawing import draw, draw_pillow
+from glassbox.tools.nano.evaluate import (
     NanoModel,
     autoencoder_db,
     draw_edits,
     load_nano,
     success,
 )
-from glassbox.flux_core.nano.world import EDITS, SAMPLED
-from glassbox.flux_core.transformer.flux import build_flux
-from glassbox.flux_core.weights.files import open_checkpoint
+from glassbox.tools.nano.world import EDITS, SAMPLED
 
 FAMILIES = (NANO_KONTEXT, NANO_KLEIN)
 AUTOENCODERS = {
@@ -77,7 +77,7 @@ def test_the_specs_are_those_of_the_families(model: NanoModel) -> None:
 
 @pytest.mark.parametrize("action", EDITS)
 def test_it_edits_held_out_scenes(model: NanoModel, action: str) -> None:
-    """A small sample; `python -m flux_core.nano.evaluate` measures on a hundred of each kind."""
+    """A small sample; `python tools/run.py nano.evaluate` measures a hundred of each kind."""
     edits = [*draw_edits(action, 1, 6, 1), *draw_edits(action, 2, 6, 1)]
     assert success(model, edits) >= 0.7
 

@@ -7,10 +7,10 @@ import pytest
 
 from glassbox.flux_core.families import NANO_KONTEXT
 from glassbox.flux_core.nano.paths import CLIP_TOKENIZER, T5_TOKENIZER
-from glassbox.flux_core.nano.vocabulary import words, write_tokenizers
-from glassbox.flux_core.nano.wording import speak
-from glassbox.flux_core.nano.world import EDITS, random_edit
 from glassbox.flux_core.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+from glassbox.tools.nano.vocabulary import words, write_tokenizers
+from glassbox.tools.nano.wording import add_fillers
+from glassbox.tools.nano.world import EDITS, random_edit
 
 
 def test_every_word_is_one_token_of_both() -> None:
@@ -29,8 +29,8 @@ def test_every_sentence_fits(action: str) -> None:
         assert not t5.encode(sentence, text.t5_tokens).count.cut
         assert t5._tokenizer.unk_token_id not in t5.encode(sentence, text.t5_tokens).ids
         if action != "caption":
-            spoken = speak(sentence, rng)
-            assert not clip.encode(spoken, text.clip_tokens).count.cut
+            instruction = add_fillers(sentence, rng)
+            assert not clip.encode(instruction, text.clip_tokens).count.cut
 
 
 def test_capital_letters_do_not_matter() -> None:

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from glassbox.flux_core.nano.drawing import coverage, draw, draw_pillow
-from glassbox.flux_core.nano.judge import judge
-from glassbox.flux_core.nano.world import (
+from glassbox.tools.nano.drawing import coverage, draw, draw_pillow
+from glassbox.tools.nano.judge import judge
+from glassbox.tools.nano.world import (
     COLOURS,
     EDITS,
     KINDS,

@@ -14,7 +14,7 @@ from glassbox.flux_core.families import FLUX2_KLEIN_9B, FLUX2_KLEIN_9B_KV
 from glassbox.flux_core.sampling.job import Job
 from glassbox.flux_core.sampling.run import run as run_job
 from glassbox.flux_core.sampling.sigmas import flux_sigmas
-from glassbox.flux_core.transformer.flux import Flux, cache_for_the_run, compute_every_step
+from glassbox.flux_core.transformer.flux import Flux, cache_for_the_run
 from glassbox.flux_core.values import Conditioning, Tokens
 from glassbox.tests.core import tiny_flux2 as tiny
 from glassbox.tests.core.masked_flux2 import masked_velocity
@@ -59,7 +59,7 @@ def test_cached_equals_computed_in_every_step_bit_for_bit(dtype, solver: str) ->
     network = tiny.network(FAMILY, dtype=dtype)
     one = tiny.conditioning(1, tiny.pictures(1, 2))
     results = []
-    for network.reference_cache in (cache_for_the_run, compute_every_step, Store()):
+    for network.reference_cache in (cache_for_the_run, tiny.compute_every_step, Store()):
         results.append(run(network, one, tiny.noise(), solver=solver))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

@@ -9,7 +9,6 @@ from torch import nn
 
 from glassbox.flux_core.families import NANO_KONTEXT
 from glassbox.flux_core.training.flow import FlowBatch, flow_loss, logit_normal, predictor
-from glassbox.flux_core.training.nano_model import fresh_transformer
 from glassbox.flux_core.training.optim import (
     Clock,
     MatrixMuon,
@@ -17,6 +16,7 @@ from glassbox.flux_core.training.optim import (
     learning_rate,
     set_rates,
 )
+from glassbox.tools.nano.model import fresh_transformer
 
 
 def _batch(target: torch.Tensor, **changes: torch.Tensor) -> FlowBatch:

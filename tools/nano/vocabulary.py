@@ -1,7 +1,7 @@
 """The tokenizers of the nano models: sentencepiece for T5, byte-pair merges for CLIP and Qwen.
 
-All know the words of the nano world, one token each; `write_tokenizers` makes the files that lie
-beside this one, in the formats of the published tokenizers.
+Each word of `wording.py` is one token. `write_tokenizers` writes them into flux_core/nano/, in the
+formats of the published tokenizers.
 """
 
 import io
@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .paths import CLIP_TOKENIZER, QWEN_TOKENIZER, T5_TOKENIZER
+from ...flux_core.nano.paths import CLIP_TOKENIZER, QWEN_TOKENIZER, T5_TOKENIZER
 from .wording import PUNCTUATION, vocabulary
 from .world import COLOURS, KINDS
 
@@ -34,21 +34,21 @@ _T5_CONFIG: dict[str, object] = {
 
 
 def words() -> list[str]:
-    """Every word that is one token."""
+    """Returns every word that is one token."""
     return vocabulary([*KINDS, *COLOURS])
 
 
 def write_tokenizers(
     clip: Path = CLIP_TOKENIZER, t5: Path = T5_TOKENIZER, qwen: Path = QWEN_TOKENIZER
 ) -> None:
-    """Write the tokenizers into their folders."""
+    """Writes the tokenizers into their folders."""
     for folder, write in ((clip, _write_clip), (t5, _write_t5), (qwen, _write_qwen)):
         folder.mkdir(parents=True, exist_ok=True)
         write(folder)
 
 
 def learn_merges(spelled: list[list[str]]) -> list[tuple[str, str]]:
-    """Learn byte-pair merges that make one token of every word, given as its symbols."""
+    """Returns byte-pair merges that make one token of every word, given as its symbols."""
     merges: list[tuple[str, str]] = []
     while True:
         pairs = Counter(pair for symbols in spelled for pair in pairwise(symbols))
@@ -70,12 +70,12 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _byte_symbols() -> list[str]:
-    """The 256 printable stand-ins for bytes, in the order of the published vocabulary.
+    """Returns the printable symbols of the 256 bytes, in the order of the published vocabulary.
 
     Source: openai/CLIP simple_tokenizer.py bytes_to_unicode.
     """
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    moved = [256 + place for place in range(256 - len(plain))]
+    moved = [256 + index for index in range(256 - len(plain))]
     return [chr(code) for code in (*plain, *moved)]
 
 
@@ -90,7 +90,7 @@ def _write_clip(folder: Path) -> None:
         CLIP_BEGIN,
         CLIP_END,
     ]
-    ids = {token: place for place, token in enumerate(tokens)}
+    ids = {token: index for index, token in enumerate(tokens)}
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     _write(folder / "vocab.json", json.dumps(ids, ensure_ascii=False))
     _write(folder / "merges.txt", "\n".join(lines))
@@ -106,17 +106,17 @@ def _write_clip(folder: Path) -> None:
 
 
 def _write_qwen(folder: Path) -> None:
-    """Write a byte-level vocabulary, where a word has its space before it, and its merges."""
-    known = [*vocabulary([*KINDS, *COLOURS], two_pictures=True), "user", "assistant"]
+    """Writes a byte-level vocabulary, whose words begin with their space, and its merges."""
+    known = [*vocabulary([*KINDS, *COLOURS], two_images=True), "user", "assistant"]
     merges = learn_merges([list(word) for word in known] + [[_NEW_LINE] * 2])
     merges += [(_SPACE, word) for word in known]
     tokens = dict.fromkeys([*_byte_symbols(), *("".join(pair) for pair in merges)])
-    ids = {token: place for place, token in enumerate(tokens)}
+    ids = {token: index for index, token in enumerate(tokens)}
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     _write(folder / "vocab.json", json.dumps(ids, ensure_ascii=False))
     _write(folder / "merges.txt", "\n".join(lines))
     marks = {
-        str(len(ids) + place): {
+        str(len(ids) + index): {
             "content": mark,
             "lstrip": False,
             "normalized": False,
@@ -124,7 +124,7 @@ def _write_qwen(folder: Path) -> None:
             "single_word": False,
             "special": not mark.endswith("think>"),
         }
-        for place, mark in enumerate(QWEN_MARKS)
+        for index, mark in enumerate(QWEN_MARKS)
     }
     config = {
         "added_tokens_decoder": marks,
@@ -138,13 +138,13 @@ def _write_qwen(folder: Path) -> None:
 
 
 def _write_t5(folder: Path) -> None:
-    """Write spiece.model, lower-casing, and the tokenizer.json that transformers makes of it."""
-    # late and untyped: only for making files
+    """Writes spiece.model, lower-casing, and the tokenizer.json that transformers makes of it."""
+    # imported late and untyped: needed to write files only
     sentencepiece: Any = import_module("sentencepiece")
     transformers: Any = import_module("transformers")
     layout: Any = import_module("sentencepiece.sentencepiece_model_pb2")
     trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(  # for its normaliser; the pieces are replaced
+    sentencepiece.SentencePieceTrainer.train(  # for its normaliser: the pieces are replaced
         sentence_iterator=iter([" ".join(words())] * 4),
         model_writer=trained,
         vocab_size=40,
@@ -174,7 +174,7 @@ def _write_t5(folder: Path) -> None:
         folder, extra_ids=0, local_files_only=True
     )
     tokenizer.save_pretrained(folder)
-    # As transformers 5 saves it, transformers 4 cannot read it.
+    # Written again: transformers 4 cannot read what transformers 5 saves.
     _write(folder / "tokenizer_config.json", json.dumps(_T5_CONFIG, indent=1))
 
 

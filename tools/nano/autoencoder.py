@@ -12,37 +12,37 @@ import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from ..image.autoencoder import Autoencoder
-from ..nano.drawing import draw
-from ..nano.world import COLOURS, Scene, random_scene
-from ..specs import AutoencoderSpec, LatentSpec
-from .optim import Clock, MatrixMuon, MovingAverage, learning_rate, set_rates
+from ...flux_core.image.autoencoder import Autoencoder
+from ...flux_core.specs import AutoencoderSpec, LatentSpec
+from ...flux_core.training.optim import Clock, MatrixMuon, MovingAverage, learning_rate, set_rates
+from .drawing import draw
 from .ranks import Rank, average_gradients, gather_updates, share_from_lead
+from .world import COLOURS, Scene, random_scene
 
 logger = logging.getLogger(__name__)
-LATENT_NOISE = 0.06  # of the posterior, where the transformer's scale makes the latent unit size
+LATENT_NOISE = 0.06  # deviation of the posterior, where the latent has unit variance
 SHARPNESS = (0.75, 1.6)
 
 
-def random_pictures(rng: random.Random, count: int) -> Tensor:
-    """Draw pictures (count, 3, SIDE_PX, SIDE_PX) in -1..1, with edges of varied softness."""
-    pictures: list[np.ndarray] = []
-    while len(pictures) < count:
+def random_images(rng: random.Random, count: int) -> Tensor:
+    """Returns random images, (count, 3, SIDE_PX, SIDE_PX) in -1..1, of varied sharpness."""
+    images: list[np.ndarray] = []
+    while len(images) < count:
         shapes = rng.choices((0, 1, 2), (1, 4, 10))[0]
         scene = Scene(background=rng.choice(list(COLOURS)))
         if shapes:
             scene = random_scene(rng, shapes, at_places=rng.random() < 0.3)
         if not scene.is_held_out:
-            pictures.append(draw(scene, sharpness=rng.uniform(*SHARPNESS)))
-    stack = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+            images.append(draw(scene, sharpness=rng.uniform(*SHARPNESS)))
+    stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return (stack * 2.0 - 1.0).contiguous()
 
 
 def autoencoder_loss(model: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstruction through a noisy latent of zero mean and unit size.
+    """Returns the loss of a reconstruction from a noisy latent, which pulls it to unit variance.
 
     Returns:
-        the loss, and the mean squared error of the picture in 0..1 alone, detached.
+        the loss, and the mean squared error of images in 0..1, detached.
     """
     latent = model.spec.latent
     mean, logvar = (part.float() for part in model.moments(pixels))
@@ -60,7 +60,7 @@ def autoencoder_loss(model: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor
 def train_autoencoder(
     rank: Rank, spec: AutoencoderSpec, out: Path, *, seed: int, budget_s: float, batch: int = 8
 ) -> None:
-    """Train an autoencoder from a seed for a time, and set its latent to unit size.
+    """Trains an autoencoder from a seed, and scales its latent to unit variance.
 
     Args:
         rank: this process.
@@ -68,24 +68,24 @@ def train_autoencoder(
         out: file for its weights, in the published layout.
         seed: of weights and scenes.
         budget_s: seconds.
-        batch: pictures a step in each process.
+        batch: images per step and process.
     """
     torch.manual_seed(seed)
     model = Autoencoder(spec)
     weights = list(model.parameters())
-    pictures = _train(rank, model, weights, autoencoder_loss, seed, budget_s, batch)
+    rng = _train(rank, model, weights, autoencoder_loss, seed, budget_s, batch)
     if rank.leads:
-        set_unit_size(model.eval(), random_pictures(pictures, 256))
+        normalise_latent(model.eval(), random_images(rng, 256))
         save_file(model.state_dict(), out)
 
 
 def decoder_loss(model: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstruction from the latent's mode; gradients reach the decoder alone."""
+    """Returns the loss of a reconstruction, with gradients for the decoder alone, and its error."""
     with torch.no_grad():
         latent = model.encode(pixels).float()
     latent += 0.5 * LATENT_NOISE / model.spec.latent.scale * torch.randn_like(latent)
     squared = (model.decode(latent).float() - pixels).square()
-    # the mean over pictures of the logarithm is what is reported in dB
+    # the mean of logarithms, because dB are averaged over images
     each = squared.mean(dim=(1, 2, 3))
     return torch.log(each + 1e-5).mean(), each.detach().mean() / 4.0
 
@@ -93,7 +93,7 @@ def decoder_loss(model: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def polish_decoder(
     rank: Rank, model: Autoencoder, out: Path, *, seed: int, budget_s: float, batch: int = 8
 ) -> None:
-    """Train the decoder on, with the encoder and so the latent as they are."""
+    """Continues to train the decoder; the encoder, and so the latent, is frozen."""
     weights = list(model.decoder.requires_grad_(True).parameters())
     _train(rank, model, weights, decoder_loss, seed + 1, budget_s, batch, 0.4)
     if rank.leads:
@@ -110,7 +110,7 @@ def _train(
     batch: int,
     pace: float = 1.0,
 ) -> random.Random:
-    """Minimise a loss over random pictures; leaves the averaged weights in the model."""
+    """Minimises a loss over random images; the model has the averaged weights afterwards."""
     rng = random.Random(seed * 1000 + rank.index)
     torch.manual_seed(seed * 1000 + rank.index)
     matrices = [weight for weight in weights if weight.ndim > 1]
@@ -123,7 +123,7 @@ def _train(
         (progress,) = share_from_lead([clock.progress], rank)
         set_rates([muon.optimizer, adam], learning_rate(progress, warmup=0.03, flat=0.3))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, error = measure(model, random_pictures(rng, batch))
+            loss, error = measure(model, random_images(rng, batch))
         model.zero_grad()
         loss.backward()
         average_gradients(weights, rank)
@@ -141,8 +141,8 @@ def _train(
 
 
 @torch.no_grad()
-def set_unit_size(model: Autoencoder, pixels: Tensor) -> None:
-    """Give the latent zero mean and unit variance, as the transformer should see it."""
+def normalise_latent(model: Autoencoder, pixels: Tensor) -> None:
+    """Shifts and scales the latent to zero mean and unit variance."""
     if model.bn is None:
         _scale_convolutions(model, pixels)
         return
@@ -156,26 +156,28 @@ def set_unit_size(model: Autoencoder, pixels: Tensor) -> None:
 
 
 def _scale_convolutions(model: Autoencoder, pixels: Tensor) -> None:
-    """Move the latent's mean and size into the convolutions around it.
+    """Moves the latent's mean and deviation into the convolutions before and after it.
 
-    Afterwards scale * (latent - shift), what the transformer sees, has zero mean and unit
-    variance. Near the border the decoder sees a trace of the old mean in place of padding.
+    Afterwards scale * (latent - shift), the transformer's input, has zero mean and unit variance.
+    The decoder pads with zeros, not the moved mean, so pixels near the border change slightly.
     """
     latent: LatentSpec = model.spec.latent
     parts = cast("Sequence[Tensor]", pixels.split(32))
     means = torch.cat([model.encode(part) for part in parts])
     unit = latent.scale * (means - latent.shift)
-    size, middle = float(unit.std()), float(unit.mean())
+    spread, middle = float(unit.std()), float(unit.mean())
     out, into, channels = model.encoder.conv_out, model.decoder.conv_in, latent.channels
     weight, bias = _weights(out)
-    weight[:channels] /= size
-    bias[:channels] = (bias[:channels] - latent.shift - middle / latent.scale) / size + latent.shift
-    bias[channels:] -= 2.0 * math.log(size)
+    weight[:channels] /= spread
+    bias[:channels] = (
+        bias[:channels] - latent.shift - middle / latent.scale
+    ) / spread + latent.shift
+    bias[channels:] -= 2.0 * math.log(spread)
     weight, bias = _weights(into)
-    moved = latent.shift + middle / latent.scale - size * latent.shift
+    moved = latent.shift + middle / latent.scale - spread * latent.shift
     bias += moved * weight.sum(dim=(1, 2, 3))
-    weight *= size
-    logger.info("latent had mean %.3f and size %.3f", middle, size)
+    weight *= spread
+    logger.info("latent had mean %.3f and deviation %.3f", middle, spread)
 
 
 def _weights(layer: torch.nn.Module) -> tuple[Tensor, Tensor]:

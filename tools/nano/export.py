@@ -1,4 +1,4 @@
-"""Writes a trained nano model into the files that the pack carries."""
+"""Writes a trained nano model into the files that the pack ships."""
 
 from pathlib import Path
 
@@ -6,22 +6,22 @@ import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from ..image.autoencoder import Autoencoder
-from ..nano import paths
-from ..weights.detect import FAMILY_KEY
-from ..weights.load import save_bfl
-from .nano_model import fresh_transformer
-from .nano_variants import NanoVariant
+from ...flux_core.image.autoencoder import Autoencoder
+from ...flux_core.nano import paths
+from ...flux_core.weights.detect import FAMILY_KEY
+from ...flux_core.weights.load import save_bfl
+from .model import fresh_transformer
+from .variants import NanoVariant
 
 
 def export_flow(
     variant: NanoVariant, checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write transformer and text encoders of a checkpoint, with their averaged weights.
+    """Writes transformer and text encoders of a checkpoint, with their averaged weights.
 
     Args:
         checkpoint: written by `train_flow`.
-        folder: takes the files under the names of `nano.paths`.
+        folder: for the files, under the names in `nano.paths`.
         dtype: of the transformer's matrices; all else stays float32.
     """
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -41,7 +41,7 @@ def export_flow(
 def export_autoencoder(
     variant: NanoVariant, model: Autoencoder, folder: Path, *, dtype: torch.dtype = torch.float16
 ) -> None:
-    """Write the autoencoder."""
+    """Writes the autoencoder."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in (model.encoder, model.decoder):  # the latent's statistics stay float32
         part.to(dtype)
@@ -57,7 +57,7 @@ def _inside(folder: Path, path: Path) -> Path:
 
 
 def _save_text(module: nn.Module, path: Path, prefix: str, metadata: dict[str, str]) -> None:
-    """Write a text encoder with the names of its published single file."""
+    """Writes a text encoder under the names of its published single file."""
     state = {
         prefix + name.removeprefix(prefix): value.detach().clone().contiguous()
         for name, value in module.state_dict().items()

@@ -1,7 +1,7 @@
-"""Trains a nano model from a seed: `python -m flux_core.training.nano`, in the pack's folder.
+"""Trains a nano model from a seed: `python tools/run.py nano.train --model klein`.
 
-Three parts, each for a time: the autoencoder, the flow (transformer and text encoders), and the
-decoder once more, with the latent fixed. Then the files are written.
+Three parts, each with a time budget: the autoencoder, the flow (transformer and text encoders), and
+the decoder once more, with the latent frozen. Then the files are written.
 """
 
 import argparse
@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
-from ..image.autoencoder import Autoencoder
-from ..nano import paths
-from ..nano.vocabulary import write_tokenizers
+from ...flux_core.image.autoencoder import Autoencoder
+from ...flux_core.nano import paths
 from .autoencoder import polish_decoder, train_autoencoder
-from .nano_export import export_autoencoder, export_flow
-from .nano_flow import FlowSettings, train_flow
-from .nano_variants import VARIANTS
+from .export import export_autoencoder, export_flow
 from .ranks import Rank, run_ranks
+from .trainer import FlowSettings, train_flow
+from .variants import VARIANTS
+from .vocabulary import write_tokenizers
 
 _MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_ARENA_MAX": "1"}
 
@@ -46,7 +46,7 @@ def _third(rank: Rank, variant: str, source: Path, out: Path, seed: int, budget_
 
 
 def main() -> None:
-    """Train and write the files."""
+    """Trains a model and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=list(VARIANTS), default="kontext")
     parser.add_argument("--out", type=Path, default=paths.FOLDER, help="folder for the files")
@@ -56,9 +56,10 @@ def main() -> None:
     parser.add_argument("--flow-minutes", type=float, default=75.0)
     parser.add_argument("--decoder-minutes", type=float, default=13.0)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints")
     options = parser.parse_args()
-    os.environ.update(_MALLOC)  # big blocks are kept: asking for them anew costs half the time
+    torch.set_num_threads(1)
+    os.environ.update(_MALLOC)  # big blocks are reused: allocating them anew costs half the time
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     name = options.model
@@ -75,8 +76,3 @@ def main() -> None:
     run_ranks(count, _third, name, first, last, seed, 60.0 * options.decoder_minutes)
     export_flow(VARIANTS[name], flow, options.out)
     export_autoencoder(VARIANTS[name], _load_autoencoder(name, last), options.out)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

@@ -1,4 +1,4 @@
-"""The transformer of a nano model to be trained, and the heads that teach it while it trains."""
+"""A nano transformer to be trained, and the auxiliary heads that help its training."""
 
 import math
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nano.world import COLOURS, KINDS
-from ..specs import FluxFamily, TransformerSpec
-from ..transformer.flux import Flux, build_flux
+from ...flux_core.specs import FluxFamily, TransformerSpec
+from ...flux_core.transformer.flux import Flux, build_flux
+from .world import COLOURS, KINDS
 
 ACTIONS = ("recolour", "background", "remove", "add", "caption")
 WEIGHTS = {
@@ -25,9 +25,9 @@ WEIGHTS = {
 
 
 def fresh_transformer(family: FluxFamily, spec: TransformerSpec | None = None) -> Flux:
-    """Build a nano transformer, or one of another shape, with weights to train.
+    """Returns a nano transformer, or one of another shape, with initial weights.
 
-    Modulation and the last layer start at zero, so every block starts as the identity.
+    Modulation and the last layer are zero at first, so every block starts as the identity.
     """
     network = build_flux(family, spec)
     for name, weight in network.named_parameters():
@@ -41,8 +41,8 @@ def fresh_transformer(family: FluxFamily, spec: TransformerSpec | None = None) -
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """What the heads should say about a batch; -100 where it is not known or not said."""
+class HeadLabels:
+    """What the auxiliary heads should predict of a batch; -100 where that is unknown."""
 
     goal_kinds: Tensor  # (B, N) of the target's tokens: 0 background, 1.. KINDS
     goal_colours: Tensor  # (B, N)
@@ -52,13 +52,13 @@ class Lesson:
     changed: Tensor | None = None  # (B, N) bool, which target tokens change
 
 
-class TeachingHeads(nn.Module):
-    """What the network has to know half-way: read off its tokens while training, then dropped.
+class AuxiliaryHeads(nn.Module):
+    """Linear heads on the network's inner tokens, used while training and dropped afterwards.
 
-    After the double blocks each reference token says which kind of shape it belongs to and its
-    colour, and each target token its row and column, which it can only know from the text's
-    place at the origin; after `MIDDLE` single blocks each target token says whether it will
-    change and what it will show. The text's summary says what is asked.
+    After the double blocks they predict the kind and colour of the shape from each reference
+    token, and row and column from each target token, which only attention to the text, at the
+    origin, can give it. After `MIDDLE` single blocks they predict from each target token whether it
+    changes and what it will show, and from the text's summary what is asked for.
     """
 
     MIDDLE = 2
@@ -72,21 +72,23 @@ class TeachingHeads(nn.Module):
         self.changes = nn.Linear(hidden, 1)
         self.goal_kind = nn.Linear(hidden, len(KINDS) + 1)
         self.goal_colour = nn.Linear(hidden, len(COLOURS))
-        told = len(ACTIONS) + len(KINDS) + len(COLOURS)
-        self.wish = nn.Linear(summary_width, told)
+        wishes = len(ACTIONS) + len(KINDS) + len(COLOURS)
+        self.wish = nn.Linear(summary_width, wishes)
         self.taps: dict[str, Tensor] = {}
-        network.blocks.double_blocks[-1].register_forward_hook(self._keep_image)
-        network.blocks.single_blocks[self.MIDDLE - 1].register_forward_hook(self._keep_joint)
+        network.blocks.double_blocks[-1].register_forward_hook(self._record_image)
+        network.blocks.single_blocks[self.MIDDLE - 1].register_forward_hook(self._record_joint)
 
-    def _keep_image(self, _module: nn.Module, _inputs: object, output: tuple[Tensor, ...]) -> None:
+    def _record_image(
+        self, _module: nn.Module, _inputs: object, output: tuple[Tensor, ...]
+    ) -> None:
         self.taps["image"] = output[0]
 
-    def _keep_joint(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+    def _record_joint(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
         self.taps["joint"] = output
 
-    def loss(self, lesson: Lesson, summary: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Read the taps of the last forward pass; summary (B, W) is the text's."""
-        batch, count = lesson.goal_kinds.shape
+    def loss(self, labels: HeadLabels, summary: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Returns the heads' loss on the last forward pass; summary (B, W) is the text's."""
+        batch, count = labels.goal_kinds.shape
         image, joint = (
             F.layer_norm(self.taps[name].float(), (self.kind.in_features,))
             for name in ("image", "joint")
@@ -94,29 +96,29 @@ class TeachingHeads(nn.Module):
         early, references = image[:, :count], image[:, count:]
         start = joint.shape[1] - image.shape[1]
         late = joint[:, start : start + count]
-        place = torch.arange(count).expand(batch, -1)
+        index = torch.arange(count).expand(batch, -1)
         parts = {
-            "row": _tell(self.row(early), place // self.side),
-            "column": _tell(self.column(early), place % self.side),
-            "goal": _tell(self.goal_kind(late), lesson.goal_kinds),
-            "paint": _tell(self.goal_colour(late), lesson.goal_colours),
+            "row": _cross_entropy(self.row(early), index // self.side),
+            "column": _cross_entropy(self.column(early), index % self.side),
+            "goal": _cross_entropy(self.goal_kind(late), labels.goal_kinds),
+            "paint": _cross_entropy(self.goal_colour(late), labels.goal_colours),
         }
-        if lesson.kinds is not None and lesson.colours is not None and lesson.changed is not None:
-            parts["kind"] = _tell(self.kind(references), lesson.kinds)
-            parts["colour"] = _tell(self.colour(references), lesson.colours)
+        if labels.kinds is not None and labels.colours is not None and labels.changed is not None:
+            parts["kind"] = _cross_entropy(self.kind(references), labels.kinds)
+            parts["colour"] = _cross_entropy(self.colour(references), labels.colours)
             parts["change"] = F.binary_cross_entropy_with_logits(
-                self.changes(late).squeeze(-1), lesson.changed.float()
+                self.changes(late).squeeze(-1), labels.changed.float()
             )
         sizes = [len(ACTIONS), len(KINDS), len(COLOURS)]
-        told = self.wish(summary.float()).split(sizes, dim=-1)
+        asked = self.wish(summary.float()).split(sizes, dim=-1)
         parts["wish"] = torch.stack(
-            [_tell(one, lesson.wishes[:, number]) for number, one in enumerate(told)]
+            [_cross_entropy(one, labels.wishes[:, number]) for number, one in enumerate(asked)]
         ).nansum()
         unused = sum((weight.sum() for weight in self.parameters()), torch.zeros(()))
         total = sum((WEIGHTS[name] * part for name, part in parts.items()), 0.0 * unused)
         return total, {name: float(part.detach()) for name, part in parts.items()}
 
 
-def _tell(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy over the last axis, leaving out -100."""
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the cross entropy over the last axis; labels of -100 are ignored."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())

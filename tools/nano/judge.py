@@ -1,7 +1,7 @@
 """Strict success of an edit, from pixels alone.
 
-An edit has succeeded when the picture shows the scene that was asked for, all of it: every shape
-of it has its colour, its place and its kind, and everything else is background.
+An edit has succeeded when the image shows the whole scene that was asked for: every shape has its
+colour, position and kind, and everything else is background.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from .drawing import Floats, colour_values, coverage, kind_coverages
 from .world import COLOURS, Scene, Shape
 
-_FIRM = 0.9  # share of a shape's pixels that must have its colour
-_FIRM_BACKGROUND = 0.97  # of all that is no shape
+_FIRM = 0.9  # least share of a shape's pixels with its colour
+_FIRM_BACKGROUND = 0.97  # the same, of all pixels outside shapes
 _COLOUR_OFF = 0.12  # largest mean distance from the colour, per channel, in 0..1
 _OVERLAP = 0.75  # least intersection over union with the expected shape
 _EDGE_PX = 2
@@ -24,58 +24,57 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is right with a picture."""
+    """Which parts of an image are right."""
 
     background: bool
     shapes: tuple[bool, ...]
 
     @property
     def is_success(self) -> bool:
-        """Everything is right."""
+        """Whether everything is right."""
         return self.background and all(self.shapes)
 
 
-def nearest_colours(picture: Floats) -> Names:
-    """Name every pixel (H, W) by the closest colour of the world."""
+def nearest_colours(image: Floats) -> Names:
+    """Returns the index in COLOURS of the colour closest to each pixel, (H, W)."""
     palette = np.stack([colour_values(name) for name in COLOURS])
-    distance = np.square(picture[:, :, None, :] - palette).sum(axis=-1)
+    distance = np.square(image[:, :, None, :] - palette).sum(axis=-1)
     return distance.argmin(axis=-1)
 
 
-def judge(picture: Floats, expected: Scene, before: Scene | None = None) -> Verdict:
-    """Compare a picture (SIDE_PX, SIDE_PX, 3), 0..1, with the scene it should show.
+def judge(image: Floats, expected: Scene, before: Scene | None = None) -> Verdict:
+    """Compares an image with the scene it should show.
 
     Args:
-        picture: what a model made.
-        expected: what it was asked to show.
-        before: the scene that was edited; where it had a shape that should be gone, the
-            background is looked at apart.
+        image: a model's result, (SIDE_PX, SIDE_PX, 3), 0..1.
+        expected: the scene asked for.
+        before: the scene that was edited; the area of a removed shape is checked by itself.
     """
-    named = nearest_colours(picture)
+    named = nearest_colours(image)
     shapes = [coverage(shape) for shape in expected.shapes]
     empty = np.ones(named.shape, dtype=bool)
     for cover in shapes:
         empty &= ~_grown(cover > 0.0, _EDGE_PX)
-    background = _has_colour(picture, named, empty, expected.background, _FIRM_BACKGROUND)
-    kept = {(shape.x, shape.y) for shape in expected.shapes}
+    background = _has_colour(image, named, empty, expected.background, _FIRM_BACKGROUND)
+    remaining = {(shape.x, shape.y) for shape in expected.shapes}
     for shape in before.shapes if before else ():
-        if (shape.x, shape.y) not in kept:
-            gone = coverage(shape) == 1.0
-            background &= _has_colour(picture, named, gone, expected.background)
+        if (shape.x, shape.y) not in remaining:
+            removed = coverage(shape) == 1.0
+            background &= _has_colour(image, named, removed, expected.background)
     verdicts: list[bool] = []
-    for place, shape in enumerate(expected.shapes):
-        others = [cover for other, cover in enumerate(shapes) if other != place]
+    for index, shape in enumerate(expected.shapes):
+        others = [cover for other, cover in enumerate(shapes) if other != index]
         elsewhere = np.zeros(named.shape, dtype=bool)
         for cover in others:
             elsewhere |= _grown(cover > 0.0, _EDGE_PX)
-        verdicts.append(_shows(picture, named, shape, elsewhere))
+        verdicts.append(_shows(image, named, shape, elsewhere))
     return Verdict(background, tuple(verdicts))
 
 
-def _shows(picture: Floats, named: Names, shape: Shape, elsewhere: Mask) -> bool:
-    """Tell whether the shape stands where it should, in its colour, and is of its kind."""
+def _shows(image: Floats, named: Names, shape: Shape, elsewhere: Mask) -> bool:
+    """Whether a shape is where it should be, has its colour and is of its kind."""
     inside = ~_grown(coverage(shape) < 1.0, 1)
-    if not _has_colour(picture, named, inside, shape.colour):
+    if not _has_colour(image, named, inside, shape.colour):
         return False
     painted = (named == list(COLOURS).index(shape.colour)) & ~elsewhere
     overlaps: dict[str, float] = {}
@@ -87,15 +86,15 @@ def _shows(picture: Floats, named: Names, shape: Shape, elsewhere: Mask) -> bool
 
 
 def _has_colour(
-    picture: Floats, named: Names, region: Mask, colour: str, firm: float = _FIRM
+    image: Floats, named: Names, region: Mask, colour: str, firm: float = _FIRM
 ) -> bool:
     share = float((named[region] == list(COLOURS).index(colour)).mean())
-    off = float(np.abs(picture[region].mean(axis=0) - colour_values(colour)).max())
+    off = float(np.abs(image[region].mean(axis=0) - colour_values(colour)).max())
     return share >= firm and off <= _COLOUR_OFF
 
 
 def _grown(mask: Mask, pixels: int) -> Mask:
-    """Grow a mask by some pixels on every side."""
+    """Returns a mask grown by some pixels on every side."""
     for _ in range(pixels):
         padded = np.pad(mask, 1)
         mask = (

@@ -1,4 +1,4 @@
-"""Two renderers of the nano world: the trained one from distances, another one from Pillow."""
+"""Two renderers of scenes: by distances, which is trained on, and by Pillow."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _OVERSAMPLE = 4
 
 
 def outline(shape: Shape) -> list[tuple[float, float]]:
-    """Corners of a shape in px, (x, y); a circle has none."""
+    """Returns the corners of a shape in px, (x, y); a circle has none."""
     half = shape.size / 2
     if shape.kind == "square":
         side = half * 0.9
@@ -39,7 +39,7 @@ def _star_corner(corner: int, radius: float) -> tuple[float, float]:
 
 
 def coverage(shape: Shape, *, sharpness: float = 1.0) -> Floats:
-    """How much of every pixel a shape covers, (SIDE_PX, SIDE_PX), 0..1.
+    """Returns how much of every pixel a shape covers, (SIDE_PX, SIDE_PX), 0..1.
 
     Edges are 1 / sharpness pixels soft.
     """
@@ -54,7 +54,7 @@ def coverage(shape: Shape, *, sharpness: float = 1.0) -> Floats:
 
 
 def _polygon_distance(x: Floats, y: Floats, corners: Sequence[tuple[float, float]]) -> Floats:
-    """Signed distance to a closed polygon, negative inside."""
+    """Returns the signed distance to a closed polygon, negative inside."""
     nearest = np.full_like(x, np.inf)
     inside = np.zeros(x.shape, dtype=bool)
     for (ax, ay), (bx, by) in zip(corners, [*corners[1:], corners[0]], strict=True):
@@ -69,26 +69,26 @@ def _polygon_distance(x: Floats, y: Floats, corners: Sequence[tuple[float, float
 
 
 def colour_values(name: str) -> Floats:
-    """A colour's red, green, blue, (3,), 0..1."""
+    """Returns red, green and blue of a colour, (3,), 0..1."""
     return np.asarray(COLOURS[name], dtype=np.float32) / 255.0
 
 
 def compose(background: str, layers: Sequence[tuple[str, Floats]]) -> Floats:
-    """Lay coloured coverages over a background, (SIDE_PX, SIDE_PX, 3), 0..1."""
-    picture: Floats = np.tile(colour_values(background), (SIDE_PX, SIDE_PX, 1))
+    """Returns an image of coloured coverages on a background, (SIDE_PX, SIDE_PX, 3), 0..1."""
+    image: Floats = np.tile(colour_values(background), (SIDE_PX, SIDE_PX, 1))
     for colour, cover in layers:
-        picture += cover[..., None] * (colour_values(colour) - picture)
-    return picture
+        image += cover[..., None] * (colour_values(colour) - image)
+    return image
 
 
 def draw(scene: Scene, *, sharpness: float = 1.0) -> Floats:
-    """The scene as the model was trained on it, (SIDE_PX, SIDE_PX, 3), 0..1."""
+    """Returns the image of a scene that models are trained on, (SIDE_PX, SIDE_PX, 3), 0..1."""
     layers = [(shape.colour, coverage(shape, sharpness=sharpness)) for shape in scene.shapes]
     return compose(scene.background, layers)
 
 
 def draw_pillow(scene: Scene) -> Floats:
-    """The scene drawn by Pillow, anti-aliased by reduction, (SIDE_PX, SIDE_PX, 3), 0..1."""
+    """Returns the scene drawn by Pillow, anti-aliased, (SIDE_PX, SIDE_PX, 3), 0..1."""
     side = SIDE_PX * _OVERSAMPLE
     canvas = PillowImage.new("RGB", (side, side), COLOURS[scene.background])
     pen = ImageDraw.Draw(canvas)
@@ -105,7 +105,7 @@ def draw_pillow(scene: Scene) -> Floats:
 
 
 def kind_coverages(shape: Shape) -> dict[str, Floats]:
-    """Coverage of every kind at a shape's place and size, for telling kinds apart."""
+    """Returns the coverage of every kind of shape at one shape's position and size."""
     return {
         kind: coverage(Shape(kind=kind, colour=shape.colour, x=shape.x, y=shape.y, size=shape.size))
         for kind in KINDS

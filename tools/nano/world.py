@@ -1,8 +1,8 @@
-"""The world the nano model lives in: coloured shapes on plain backgrounds, and their edits.
+"""The scenes of the nano models: coloured shapes on plain backgrounds, and their edits.
 
 A `Scene` is one or two shapes (or none) on a background; an `Edit` is two scenes that differ in
-one thing and a sentence that says which. The right answer of every edit is known, so what a model
-makes of it can be judged (`judge.py`). Pixels are drawn by `drawing.py`.
+one thing and an instruction that names it. The right result of every edit is known, so a model's
+result can be judged (`judge.py`). Pixels are drawn by `drawing.py`.
 """
 
 import random
@@ -35,9 +35,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (16, 16, 16),
 }
 EDITS: tuple[Action, ...] = ("recolour", "background", "remove", "add")
-SAMPLED: tuple[Action, ...] = ("recolour", "background", "add")  # a second picture can show it
+SAMPLED: tuple[Action, ...] = ("recolour", "background", "add")  # a second image can show it
 SIDE_PX = 96
-SIZE_PX = (37.0, 42.0)  # extent of a shape; an added shape has ADDED_PX
+SIZE_PX = (37.0, 42.0)  # larger extent of a shape; that of an added one is ADDED_PX
 ADDED_PX = 40.0
 PLACES: dict[str, tuple[float, float]] = {  # (x, y) of a shape's centre, in px
     "left": (24.0, 48.0),
@@ -83,7 +83,7 @@ class Scene:
 
     @property
     def is_held_out(self) -> bool:
-        """One in ten combinations of kinds and colours is never trained on, as input or answer."""
+        """Whether it is one of the tenth of all combinations that no training sees."""
         if not self.shapes:
             return False
         parts = sorted(f"{shape.colour} {shape.kind}" for shape in self.shapes)
@@ -92,29 +92,29 @@ class Scene:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
-    """What is there, what is asked, what should come of it; a caption has nothing before it."""
+    """Scenes before and after, and the instruction between them; a caption has none before."""
 
     action: Action
     before: Scene | None
     after: Scene
     text: str
-    shape: int = -1  # which shape of the fuller scene is meant; -1: the background
-    colour: str = ""  # the colour that is asked for
-    sample: Scene | None = None  # a second picture, which shows what is asked for
+    shape: int = -1  # index in the scene with more shapes; -1: the background
+    colour: str = ""  # the one asked for
+    sample: Scene | None = None  # of a second image, which shows what is asked for
 
     @property
     def shapes(self) -> int:
-        """Shapes in the fuller of the two scenes: 1 or 2."""
+        """Number of shapes in the scene that has more: 1 or 2."""
         return max(len(self.after.shapes), len(self.before.shapes) if self.before else 0)
 
 
 def random_scene(rng: random.Random, shapes: int, *, at_places: bool = False) -> Scene:
-    """Draw a scene of one or two shapes by lot.
+    """Returns a random scene of one or two shapes.
 
     Args:
-        rng: source of chance.
+        rng: random source.
         shapes: 1 or 2.
-        at_places: shapes stand near the named places, with the opposite place free.
+        at_places: whether shapes are near the named places, at opposite ones.
     """
     background, *colours = rng.sample(list(COLOURS), 3)
     if rng.random() < 0.12:
@@ -131,7 +131,7 @@ def random_scene(rng: random.Random, shapes: int, *, at_places: bool = False) ->
 
 
 def _centres(rng: random.Random, shapes: int) -> list[tuple[float, float]]:
-    """Centres that keep shapes inside the picture and apart on at least one axis."""
+    """Returns centres of shapes that are inside the image and apart on at least one axis."""
     low, high = SIZE_PX[1] / 2, SIDE_PX - SIZE_PX[1] / 2
     first = (round(rng.uniform(low, high), 2), round(rng.uniform(low, high), 2))
     if shapes == 1:
@@ -157,14 +157,14 @@ def _centres_at_places(rng: random.Random) -> list[tuple[float, float]]:
 
 
 def nearest_place(shape: Shape) -> str:
-    """Name of the place a shape's centre is closest to."""
+    """Returns the name of the place closest to a shape's centre."""
     return min(
         PLACES, key=lambda name: (PLACES[name][0] - shape.x) ** 2 + (PLACES[name][1] - shape.y) ** 2
     )
 
 
 def free_colours(scene: Scene, index: int) -> list[str]:
-    """Colours that shape `index` (-1: the background) can take and stay visible and nameable."""
+    """Returns colours that leave shape `index` (-1: the background) visible and nameable."""
     if index < 0:
         taken = {scene.background, *(shape.colour for shape in scene.shapes)}
     else:
@@ -175,7 +175,7 @@ def free_colours(scene: Scene, index: int) -> list[str]:
 
 
 def with_colour(scene: Scene, index: int, colour: str) -> Scene:
-    """The scene with shape `index` (-1: the background) in another colour."""
+    """Returns the scene with shape `index` (-1: the background) in another colour."""
     if index < 0:
         return replace(scene, background=colour)
     shapes = list(scene.shapes)
@@ -184,15 +184,15 @@ def with_colour(scene: Scene, index: int, colour: str) -> Scene:
 
 
 def without(scene: Scene, index: int) -> Scene:
-    """The scene with one shape fewer."""
-    kept = tuple(shape for place, shape in enumerate(scene.shapes) if place != index)
-    return replace(scene, shapes=kept)
+    """Returns the scene without shape `index`."""
+    rest = tuple(shape for number, shape in enumerate(scene.shapes) if number != index)
+    return replace(scene, shapes=rest)
 
 
 def recolour(
     scene: Scene, index: int, colour: str, rng: random.Random, sample: Scene | None = None
 ) -> Edit:
-    """Ask for another colour of one shape; with a sample, for the colour of its shape."""
+    """Returns an edit of one shape's colour; with a sample, to the colour of its shape."""
     after = with_colour(scene, index, colour)
     name = name_shape(scene, index, rng)
     text = recolour_sentence(name, colour, rng)
@@ -210,7 +210,7 @@ def recolour(
 
 
 def repaint(scene: Scene, colour: str, rng: random.Random, sample: Scene | None = None) -> Edit:
-    """Ask for another background; with a sample, for its background."""
+    """Returns an edit of the background; with a sample, to its background."""
     after = with_colour(scene, -1, colour)
     text = background_sentence(colour, rng)
     if sample is not None:
@@ -221,21 +221,21 @@ def repaint(scene: Scene, colour: str, rng: random.Random, sample: Scene | None 
 
 
 def remove(scene: Scene, index: int, rng: random.Random) -> Edit:
-    """Ask for one shape to go."""
+    """Returns an edit that removes one shape."""
     text = remove_sentence(name_shape(scene, index, rng), rng)
     return Edit(action="remove", before=scene, after=without(scene, index), text=text, shape=index)
 
 
 def add(scene: Scene, index: int, rng: random.Random, sample: Scene | None = None) -> Edit:
-    """Ask for shape `index` of a scene, as if it were not there yet; a sample shows it.
+    """Returns an edit that adds shape `index` of a scene to the rest of it; a sample shows it.
 
-    The shape must stand exactly at a named place. Without a place in the sentence a shape goes
-    opposite the one that is there, or into the middle of an empty picture.
+    The shape is exactly at a named place. An instruction without a place means the place opposite
+    the other shape, or the middle of an empty image.
     """
     before, shape = without(scene, index), scene.shapes[index]
     place = nearest_place(shape)
-    silent = OPPOSITE[nearest_place(before.shapes[0])] if before.shapes else "middle"
-    named = "" if place == silent and rng.random() < 0.5 else place
+    default = OPPOSITE[nearest_place(before.shapes[0])] if before.shapes else "middle"
+    named = "" if place == default and rng.random() < 0.5 else place
     text = add_sentence(shape.kind, shape.colour, named, rng)
     if sample is not None:
         text = add_like_sentence(named, rng)
@@ -251,14 +251,14 @@ def add(scene: Scene, index: int, rng: random.Random, sample: Scene | None = Non
 
 
 def describe(scene: Scene, rng: random.Random) -> Edit:
-    """Caption a scene, for text-to-image."""
+    """Returns a caption of a scene, for text-to-image."""
     parts = [(shape.kind, shape.colour, nearest_place(shape)) for shape in scene.shapes]
     text = caption_sentence(parts, scene.background, rng)
     return Edit(action="caption", before=None, after=scene, text=text)
 
 
 def caption_scene(rng: random.Random) -> Scene:
-    """A scene whose shapes stand exactly at the middle, or left and right."""
+    """Returns a random scene with a shape in the middle, or two at opposite places."""
     count = rng.choice((1, 2, 2))
     scene = random_scene(rng, count, at_places=True)
     places = ("middle",) if count == 1 else rng.choice((("left", "right"), ("top", "bottom")))
@@ -267,14 +267,14 @@ def caption_scene(rng: random.Random) -> Scene:
 
 
 def at_place(shape: Shape, place: str) -> Shape:
-    """The shape exactly where an added one would stand."""
+    """Returns the shape as an added one: exactly at a place, and ADDED_PX large."""
     return replace(shape, x=PLACES[place][0], y=PLACES[place][1], size=ADDED_PX)
 
 
 def name_shape(scene: Scene, index: int, rng: random.Random) -> str:
-    """One of the names that mean exactly this shape: "circle", "red circle", "red shape"."""
+    """Returns a name that means only this shape: "circle", "red circle" or "red shape"."""
     own = scene.shapes[index]
-    others = [shape for place, shape in enumerate(scene.shapes) if place != index]
+    others = [shape for number, shape in enumerate(scene.shapes) if number != index]
     names = [f"{own.colour} {own.kind}"] * 4
     if all(other.kind != own.kind for other in others):
         names += [own.kind] * 5
@@ -286,14 +286,14 @@ def name_shape(scene: Scene, index: int, rng: random.Random) -> str:
 def random_edit(
     action: Action, shapes: int, rng: random.Random, *, held_out: bool, sampled: bool = False
 ) -> Edit:
-    """Draw an edit of one kind on a scene of one or two shapes by lot.
+    """Returns a random edit of one kind.
 
     Args:
-        action: anything but "remove" and "caption" can be asked for with a second picture.
-        shapes: 1 or 2, in the fuller scene.
-        rng: source of chance.
-        held_out: whether a scene of the edit, first or second, is one never trained on.
-        sampled: a second picture shows what is asked for.
+        action: kind of edit, in SAMPLED for one with a second image.
+        shapes: 1 or 2, in the scene that has more.
+        rng: random source.
+        held_out: whether the scene before or after is one that no training sees.
+        sampled: whether a second image shows what is asked for.
     """
     while True:
         edit = _draw_edit(action, shapes, rng, sampled)
@@ -325,7 +325,7 @@ def _draw_edit(action: Action, shapes: int, rng: random.Random, sampled: bool) -
 def sample_scene(
     rng: random.Random, *, kind: str = "", colour: str = "", background: str = ""
 ) -> Scene:
-    """One shape to take something from; what is not given comes by lot."""
+    """Returns a scene of one shape; kind and colours are random where they are empty."""
     ground = background or rng.choice([name for name in COLOURS if name != colour])
     paint = colour or rng.choice([name for name in COLOURS if name != ground])
     shape = random_scene(rng, 1).shapes[0]
@@ -334,7 +334,7 @@ def sample_scene(
 
 
 def add_scene(rng: random.Random, shapes: int) -> Scene:
-    """A scene whose last shape stands exactly at a named place that the other leaves free."""
+    """Returns a random scene whose last shape is exactly at a place that the other leaves free."""
     scene = random_scene(rng, shapes, at_places=True)
     if shapes == 1:
         place = "middle" if rng.random() < 0.4 else rng.choice(list(PLACES))

@@ -1,13 +1,12 @@
-"""How well a nano model edits: strict success on held-out scenes, as a table.
+"""Measures how well a nano model edits: `python tools/run.py nano.evaluate --model klein`.
 
-Run as `python -m flux_core.nano.evaluate`, in the pack's folder.
+Prints the share of held-out scenes that strictly succeed, as a Markdown table.
 """
 
 import argparse
 import logging
 import os
 import random
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD:flux_core/nano/evaluate.py
 from ..families import NANO_KLEIN, NANO_KONTEXT
 from ..image.autoencoder import Autoencoder
 from ..image.pixels import to_image, to_pixels
@@ -34,6 +34,23 @@ from ..values import Conditioning, Reference, TextFeatures
 from ..weights.load import load_autoencoder, load_flux
 from ..weights.text_encoders import load_text_encoders
 from . import paths
+=======
+from ...flux_core.families import NANO_KLEIN, NANO_KONTEXT
+from ...flux_core.image.autoencoder import Autoencoder
+from ...flux_core.image.pixels import to_image, to_pixels
+from ...flux_core.nano import paths
+from ...flux_core.sampling.denoise import denoise, finish
+from ...flux_core.sampling.noise import make_noise
+from ...flux_core.sampling.sigmas import flux_sigmas
+from ...flux_core.specs import FluxFamily
+from ...flux_core.text.encoders import PromptEncoder
+from ...flux_core.tokens.pack import latent_tokens, tokens_latent
+from ...flux_core.tokens.references import place_references
+from ...flux_core.transformer.flux import Flux
+from ...flux_core.values import Conditioning, TextFeatures
+from ...flux_core.weights.load import load_autoencoder, load_flux
+from ...flux_core.weights.text_encoders import load_text_encoders
+>>>>>>> nano:tools/nano/evaluate.py
 from .drawing import Floats, draw, draw_pillow
 from .judge import judge
 from .world import EDITS, SAMPLED, SIDE_PX, Action, Edit, random_edit
@@ -45,7 +62,7 @@ _BATCH = 20
 
 @dataclass(frozen=True, slots=True)
 class NanoModel:
-    """The embedded model, loaded."""
+    """An embedded model, loaded."""
 
     network: Flux
     encoders: PromptEncoder
@@ -53,11 +70,11 @@ class NanoModel:
 
 
 def load_nano(family: FluxFamily = NANO_KONTEXT, folder: Path = paths.FOLDER) -> NanoModel:
-    """Load an embedded model in float32.
+    """Loads an embedded model in float32.
 
     Args:
-        family: which.
-        folder: may hold another training's files.
+        family: of the model.
+        folder: of the embedded files, or of another training's.
     """
     files = paths.FILES[family.name]
 
@@ -79,14 +96,14 @@ def load_nano(family: FluxFamily = NANO_KONTEXT, folder: Path = paths.FOLDER) ->
 
 @torch.no_grad()
 def run_edits(
-    model: NanoModel, pictures: Sequence[Tensor], prompts: Sequence[str], *, seed: int, steps: int
+    model: NanoModel, images: Sequence[Tensor], prompts: Sequence[str], *, seed: int, steps: int
 ) -> Tensor:
-    """Edit a batch of pictures, one prompt each.
+    """Edits a batch of images, one prompt each.
 
     Args:
         model: the embedded one.
-        pictures: each (B, H, W, 3) in 0..1: the first references of all edits, then the second
-            ones; none makes pictures from text alone.
+        images: the references, each (B, H, W, 3) in 0..1: the first of all edits, then the
+            second; without any, images are made from text alone.
         prompts: B instructions.
         seed: of the noise.
         steps: Euler steps.
@@ -101,6 +118,7 @@ def run_edits(
         txt=torch.cat([one.txt for one in features]),
         pooled=torch.cat(pooled) if pooled else None,
     )
+<<<<<<< HEAD:flux_core/nano/evaluate.py
     latents = [model.autoencoder.encode(to_pixels(one)) for one in pictures]
     seen = [latent_tokens(latent, family.latent) for latent in latents]
     references = place_references(seen, "auto")
@@ -113,6 +131,16 @@ def run_edits(
     )
     x = noise.values
     for step in run(model.network, Job(conditioning=wanted, noise=noise, sigmas=sigmas)):
+=======
+    latents = [model.autoencoder.encode(to_pixels(one)) for one in images]
+    tokens = [latent_tokens(latent, family.latent) for latent in latents]
+    references = place_references(tokens, family.references.placement)
+    noise = make_noise(family.latent, SIDE_PX, SIDE_PX, seed, len(prompts))
+    sigmas = flux_sigmas(family.schedule, noise.values.shape[1], steps)
+    conditioning = Conditioning(text=text, references=references, guidance=family.default_guidance)
+    x = noise.values
+    for step in denoise(model.network, conditioning, noise, sigmas):
+>>>>>>> nano:tools/nano/evaluate.py
         x = step.x
     return to_image(model.autoencoder.decode(tokens_latent(finish(x, noise))))
 
@@ -120,7 +148,7 @@ def run_edits(
 def draw_edits(
     action: Action, shapes: int, count: int, seed: int, *, sampled: bool = False
 ) -> list[Edit]:
-    """Draw held-out edits of one kind; what they ask for always differs from what is there."""
+    """Returns random held-out edits of one kind; each changes the image."""
     rng = random.Random(f"{action} {shapes} {seed}")
     edits = [random_edit(action, shapes, rng, held_out=True, sampled=sampled) for _ in range(count)]
     for edit in edits:
@@ -130,15 +158,15 @@ def draw_edits(
 
 
 def success(
-    model: NanoModel, edits: Sequence[Edit], *, picture: Draw = draw, shuffled: bool = False
+    model: NanoModel, edits: Sequence[Edit], *, renderer: Draw = draw, shuffled: bool = False
 ) -> float:
-    """Share of edits that strictly succeed.
+    """Returns the share of edits that strictly succeed.
 
     Args:
         model: the embedded one.
         edits: of one kind.
-        picture: draws the scene to edit.
-        shuffled: every scene gets the instruction of another, and is judged by its own.
+        renderer: draws the scene to edit.
+        shuffled: whether each scene gets the instruction of another; it is judged by its own.
     """
     prompts = [edit.text for edit in edits]
     if shuffled:
@@ -148,23 +176,25 @@ def success(
         part = edits[start : start + _BATCH]
         before = [edit.before for edit in part if edit.before is not None]
         samples = [edit.sample for edit in part if edit.sample is not None]
-        seen = [
-            torch.from_numpy(np.stack([picture(scene) for scene in scenes]))
+        references = [
+            torch.from_numpy(np.stack([renderer(scene) for scene in scenes]))
             for scenes in (before, samples)
             if scenes
         ]
-        made = run_edits(model, seen, prompts[start : start + _BATCH], seed=start, steps=steps)
+        results = run_edits(
+            model, references, prompts[start : start + _BATCH], seed=start, steps=steps
+        )
         for row, edit in enumerate(part):
-            right += judge(made[row].numpy(), edit.after, edit.before).is_success
+            right += judge(results[row].numpy(), edit.after, edit.before).is_success
     return right / len(edits)
 
 
 @torch.no_grad()
-def autoencoder_db(model: NanoModel, edits: Sequence[Edit], picture: Draw) -> float:
-    """Mean peak signal-to-noise ratio of the autoencoder on the edits' scenes."""
+def autoencoder_db(model: NanoModel, edits: Sequence[Edit], renderer: Draw) -> float:
+    """Returns the autoencoder's mean peak signal-to-noise ratio on the edits' scenes, in dB."""
     levels: list[float] = []
     for start in range(0, len(edits), _BATCH):
-        drawn = np.stack([picture(edit.after) for edit in edits[start : start + _BATCH]])
+        drawn = np.stack([renderer(edit.after) for edit in edits[start : start + _BATCH]])
         image = torch.from_numpy(drawn)
         again = to_image(model.autoencoder.decode(model.autoencoder.encode(to_pixels(image))))
         error = (again - image).square().mean(dim=(1, 2, 3))
@@ -173,14 +203,14 @@ def autoencoder_db(model: NanoModel, edits: Sequence[Edit], picture: Draw) -> fl
 
 
 def table(family: FluxFamily, folder: Path, count: int, seed: int, processes: int) -> list[str]:
-    """Measure everything; give the lines of a Markdown table.
+    """Measures everything and returns the lines of a Markdown table.
 
     Args:
-        family: which model.
-        folder: where the model lies.
+        family: of the model.
+        folder: of its files.
         count: scenes of each kind.
         seed: of the scenes and the noise.
-        processes: of one thread each.
+        processes: number of processes, of one thread each.
     """
     lines = [
         f"| strict success, {count} held-out scenes each, {family.default_steps} steps "
@@ -208,39 +238,35 @@ def _row(
     model = load_nano(family, folder)
     both = [draw_edits(action, shapes, count, seed, sampled=sampled) for shapes in (1, 2)]
     cells = [success(model, edits) for edits in both]
-    cells += [success(model, edits, picture=draw_pillow) for edits in both]
+    cells += [success(model, edits, renderer=draw_pillow) for edits in both]
     cells += [success(model, edits, shuffled=True) for edits in both]
     name = f"{action}, from image 2" if sampled else action
     return f"| {name} | " + " | ".join(f"{cell:.0%}" for cell in cells) + " |"
 
 
 def _rest(family: FluxFamily, folder: Path, count: int, seed: int) -> list[str]:
-    """Measure text-to-image and the autoencoder."""
+    """Measures text-to-image and the autoencoder."""
     model = load_nano(family, folder)
     scenes = draw_edits("recolour", 2, count, seed + 1)
     captions = draw_edits("caption", 1, count, seed)
     lines = [f"text-to-image: {success(model, captions):.0%} of {count} captions"]
-    for name, picture in (("own renderer", draw), ("Pillow", draw_pillow)):
-        lines.append(f"autoencoder, {name}: {autoencoder_db(model, scenes, picture):.1f} dB")
+    for name, renderer in (("own renderer", draw), ("Pillow", draw_pillow)):
+        lines.append(f"autoencoder, {name}: {autoencoder_db(model, scenes, renderer):.1f} dB")
     return lines
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     models = {"kontext": NANO_KONTEXT, "klein": NANO_KLEIN}
     parser.add_argument("--model", choices=list(models), default="kontext")
     parser.add_argument("--count", type=int, default=100, help="scenes of each kind")
     parser.add_argument("--seed", type=int, default=2026, help="of the held-out scenes")
-    parser.add_argument("--folder", type=Path, default=paths.FOLDER, help="where the model lies")
+    parser.add_argument("--folder", type=Path, default=paths.FOLDER, help="of the model's files")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     lines = table(
         models[options.model], options.folder, options.count, options.seed, options.processes
     )
-    sys.stdout.write("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    print("\n".join(lines))

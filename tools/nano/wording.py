@@ -1,4 +1,4 @@
-"""How the nano world is talked about: every sentence the model is trained on."""
+"""Every sentence a nano model is trained on."""
 
 import random
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ _ADD = (
     "place {name}{place}",
     "insert {name}{place}",
 )
-# With a second picture: what is asked for is seen there, not said.
+# With a second image, which shows what is asked for.
 _RECOLOUR_LIKE = (
     "make the {name} the color of the shape in image 2",
     "give the {name} the color from image 2",
@@ -74,43 +74,43 @@ _WHERE = {
     "middle": " in the middle",
     "": "",
 }
-_BEFORE = ("please ", "please ", "now ", "can you ", "i want you to ", "hey ")
-_BEHIND = (".", ".", "!", " please", " please.", "?")
+_PREFIXES = ("please ", "please ", "now ", "can you ", "i want you to ", "hey ")
+_SUFFIXES = (".", ".", "!", " please", " please.", "?")
 PUNCTUATION = (".", ",", "!", "?")
 
 
 def recolour_sentence(name: str, colour: str, rng: random.Random) -> str:
-    """Ask for another colour of the shape called `name`."""
+    """Returns a request for another colour of the shape called `name`."""
     return rng.choice(_RECOLOUR).format(name=name, colour=colour)
 
 
 def background_sentence(colour: str, rng: random.Random) -> str:
-    """Ask for another background."""
+    """Returns a request for another background."""
     return rng.choice(_BACKGROUND).format(colour=colour)
 
 
 def recolour_like_sentence(name: str, rng: random.Random) -> str:
-    """Ask for the colour of the second picture's shape."""
+    """Returns a request for the colour of the second image's shape."""
     return rng.choice(_RECOLOUR_LIKE).format(name=name)
 
 
 def background_like_sentence(rng: random.Random) -> str:
-    """Ask for the second picture's background."""
+    """Returns a request for the second image's background."""
     return rng.choice(_BACKGROUND_LIKE)
 
 
 def add_like_sentence(place: str, rng: random.Random) -> str:
-    """Ask for the second picture's shape; `place` may be empty."""
+    """Returns a request for the second image's shape; `place` may be empty."""
     return rng.choice(_ADD_LIKE).format(place=_WHERE[place])
 
 
 def remove_sentence(name: str, rng: random.Random) -> str:
-    """Ask for a shape to go."""
+    """Returns a request to remove a shape."""
     return rng.choice(_REMOVE).format(name=name)
 
 
 def add_sentence(kind: str, colour: str, place: str, rng: random.Random) -> str:
-    """Ask for a new shape; `place` may be empty."""
+    """Returns a request for a new shape; `place` may be empty."""
     name = f"{article(colour)} {colour} {kind}"
     return rng.choice(_ADD).format(name=name, place=_WHERE[place])
 
@@ -118,42 +118,42 @@ def add_sentence(kind: str, colour: str, place: str, rng: random.Random) -> str:
 def caption_sentence(
     parts: Sequence[tuple[str, str, str]], background: str, rng: random.Random
 ) -> str:
-    """Say what a picture shows; parts are (kind, colour, place), named left to right.
+    """Returns a caption of an image; parts are (kind, colour, place), named left to right.
 
-    Two shapes side by side are the rule, so their places may go unsaid; above each other is said.
+    Two shapes are usually side by side, so only places above each other must be named.
     """
-    say_places = any(place in ("top", "bottom") for *_, place in parts)
+    name_places = any(place in ("top", "bottom") for *_, place in parts)
     names = [
-        f"{article(colour)} {colour} {kind}{_WHERE[place] if say_places else ''}"
+        f"{article(colour)} {colour} {kind}{_WHERE[place] if name_places else ''}"
         for kind, colour, place in parts
     ]
     ground = f"{article(background)} {background}"
-    wording = rng.choice(_CAPTION[:1] if say_places else _CAPTION)  # the others would not fit
+    wording = rng.choice(_CAPTION[:1] if name_places else _CAPTION)  # the others would get too long
     return wording.format(shapes=" and ".join(names), ground=ground)
 
 
 def article(word: str) -> str:
-    """The article a word takes."""
+    """Returns the article of a word."""
     return "an" if word[0] in "aeiou" else "a"
 
 
-def vocabulary(names: Sequence[str], *, two_pictures: bool = False) -> list[str]:
-    """Every word the tokenizers know, sorted; any other word is unknown to T5.
+def vocabulary(names: Sequence[str], *, two_images: bool = False) -> list[str]:
+    """Returns every word the tokenizers know, sorted; any other word is unknown to T5.
 
     Args:
-        names: of kinds and colours.
-        two_pictures: with the words that speak of a second picture.
+        names: kinds and colours.
+        two_images: whether to add the words that refer to a second image.
     """
     sentences = (*_RECOLOUR, *_BACKGROUND, *_REMOVE, *_ADD, *_CAPTION, *_WHERE.values())
-    if two_pictures:
+    if two_images:
         sentences += (*_RECOLOUR_LIKE, *_BACKGROUND_LIKE, *_ADD_LIKE)
     fields = {"name": "", "colour": "", "place": "", "shapes": "", "ground": ""}
     words = {word for sentence in sentences for word in sentence.format(**fields).split()}
     return sorted(words | set(names) | {"a", "an", "the", "and", "shape", "please", "can", "you"})
 
 
-def speak(sentence: str, rng: random.Random) -> str:
-    """Say a sentence as people do, now and then with a word or a mark that means nothing."""
-    before = rng.choice(_BEFORE) if rng.random() < 0.1 else ""
-    behind = rng.choice(_BEHIND) if rng.random() < 0.15 else ""
-    return f"{before}{sentence}{behind}"
+def add_fillers(sentence: str, rng: random.Random) -> str:
+    """Returns a sentence as people type it: at times with a word or a mark that means nothing."""
+    prefix = rng.choice(_PREFIXES) if rng.random() < 0.1 else ""
+    suffix = rng.choice(_SUFFIXES) if rng.random() < 0.15 else ""
+    return f"{prefix}{sentence}{suffix}"

@@ -1,7 +1,7 @@
 """Training in several processes of one thread each, which average their gradients.
 
-On a shared machine this loses less than one process of several threads: threads wait for the
-slowest at the end of every operation, processes only at the end of every step.
+On a shared machine this is faster than one process of several threads: threads wait for the
+slowest after every operation, processes only after every step.
 """
 
 import tempfile
@@ -25,12 +25,12 @@ class Rank:
 
     @property
     def leads(self) -> bool:
-        """This process writes logs and files."""
+        """Whether this process writes logs and files."""
         return self.index == 0
 
 
 def run_ranks(count: int, work: Callable[..., None], *args: object) -> None:
-    """Run work(rank, *args) in `count` processes and wait; `work` must be a module's function."""
+    """Runs work(rank, *args) in `count` processes and waits; `work` is a function of a module."""
     with tempfile.TemporaryDirectory() as folder:
         meeting = (Path(folder) / "meeting").as_uri()
         mp.spawn(_enter, args=(count, meeting, work, args), nprocs=count)  # pyright: ignore
@@ -48,24 +48,24 @@ def _enter(
 
 
 def average_gradients(parameters: Iterable[Tensor], rank: Rank) -> None:
-    """Replace every gradient by the mean over all processes."""
+    """Replaces every gradient by the mean over all processes."""
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     if rank.count > 1:
         dist.all_reduce(flat)
         flat /= rank.count
-    parts = _cut(flat, gradients)
+    parts = _split(flat, gradients)
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
-def _cut(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Cut a flat tensor into parts of the sizes of others."""
+def _split(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Splits a flat tensor into parts of the sizes of others."""
     return cast("Sequence[Tensor]", flat.split([one.numel() for one in like]))
 
 
 def share_from_lead(values: Sequence[float], rank: Rank) -> list[float]:
-    """Give every process the first one's numbers, so that all follow one clock."""
+    """Returns the first process's numbers in every process, so that all follow one clock."""
     numbers = torch.tensor(values, dtype=torch.float64)
     if rank.count > 1:
         dist.broadcast(numbers, 0)
@@ -73,12 +73,12 @@ def share_from_lead(values: Sequence[float], rank: Rank) -> list[float]:
 
 
 def gather_updates(owned: Sequence[Sequence[Tensor]], rank: Rank) -> None:
-    """Send every owner's tensors to all; owned[i] are those that process i has updated."""
+    """Copies updated tensors to all processes; owned[i] are those that process i has updated."""
     if rank.count == 1:
         return
     for owner, tensors in enumerate(owned):
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
         dist.broadcast(flat, owner)
         if owner != rank.index:
-            for tensor, part in zip(tensors, _cut(flat, tensors), strict=True):
+            for tensor, part in zip(tensors, _split(flat, tensors), strict=True):
                 tensor.detach().copy_(part.view_as(tensor))
