@@ -1,10 +1,6 @@
 """A tiny FLUX.2 network with random weights, and what it is fed."""
 
-<<<<<<< HEAD
-from collections.abc import Sequence
-=======
-from collections.abc import Iterable
->>>>>>> nano
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,14 +9,9 @@ from glassbox.flux_core.families import FLUX2_KLEIN_9B, FLUX2_LATENT
 from glassbox.flux_core.sampling.noise import make_noise
 from glassbox.flux_core.specs import FluxFamily
 from glassbox.flux_core.tokens.references import place_references
-from glassbox.flux_core.transformer.blocks import KeyValue
 from glassbox.flux_core.transformer.flux import Flux, build_flux
-<<<<<<< HEAD
+from glassbox.flux_core.transformer.references import KeyValue, ReferencePass
 from glassbox.flux_core.values import Conditioning, Reference, TextFeatures, Tokens
-=======
-from glassbox.flux_core.transformer.plan import ReferencePass
-from glassbox.flux_core.values import Conditioning, TextFeatures, Tokens
->>>>>>> nano
 
 CONTEXT = 24
 SPEC = replace(
@@ -68,11 +59,8 @@ def conditioning(
     draw = torch.Generator().manual_seed(seed)
     txt = torch.randn(batch, length, CONTEXT, generator=draw)
     text = TextFeatures(txt=txt, pooled=None)
-<<<<<<< HEAD
     seen = tuple(Reference(tokens=tokens) for tokens in references)
     return Conditioning(text=text, references=seen, guidance=guidance)
-=======
-    return Conditioning(text=text, references=references, guidance=guidance)
 
 
 def compute_every_step(
@@ -80,4 +68,3 @@ def compute_every_step(
 ) -> Iterable[KeyValue]:
     """The plain rule that a cache is compared with: references are computed anew in every step."""
     return computed
->>>>>>> nano

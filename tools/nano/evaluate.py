@@ -17,40 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD:flux_core/nano/evaluate.py
-from ..families import NANO_KLEIN, NANO_KONTEXT
-from ..image.autoencoder import Autoencoder
-from ..image.pixels import to_image, to_pixels
-from ..sampling.job import Job
-from ..sampling.noise import make_noise
-from ..sampling.run import finish, run
-from ..sampling.sigmas import flux_sigmas
-from ..specs import FluxFamily
-from ..text.encoders import PromptEncoder
-from ..tokens.pack import latent_tokens, tokens_latent
-from ..tokens.references import place_references
-from ..transformer.flux import Flux
-from ..values import Conditioning, Reference, TextFeatures
-from ..weights.load import load_autoencoder, load_flux
-from ..weights.text_encoders import load_text_encoders
-from . import paths
-=======
 from ...flux_core.families import NANO_KLEIN, NANO_KONTEXT
 from ...flux_core.image.autoencoder import Autoencoder
 from ...flux_core.image.pixels import to_image, to_pixels
 from ...flux_core.nano import paths
-from ...flux_core.sampling.denoise import denoise, finish
+from ...flux_core.sampling.job import Job
 from ...flux_core.sampling.noise import make_noise
+from ...flux_core.sampling.run import finish, run
 from ...flux_core.sampling.sigmas import flux_sigmas
 from ...flux_core.specs import FluxFamily
 from ...flux_core.text.encoders import PromptEncoder
 from ...flux_core.tokens.pack import latent_tokens, tokens_latent
 from ...flux_core.tokens.references import place_references
 from ...flux_core.transformer.flux import Flux
-from ...flux_core.values import Conditioning, TextFeatures
+from ...flux_core.values import Conditioning, Reference, TextFeatures
 from ...flux_core.weights.load import load_autoencoder, load_flux
 from ...flux_core.weights.text_encoders import load_text_encoders
->>>>>>> nano:tools/nano/evaluate.py
 from .drawing import Floats, draw, draw_pillow
 from .judge import judge
 from .world import EDITS, SAMPLED, SIDE_PX, Action, Edit, random_edit
@@ -118,8 +100,7 @@ def run_edits(
         txt=torch.cat([one.txt for one in features]),
         pooled=torch.cat(pooled) if pooled else None,
     )
-<<<<<<< HEAD:flux_core/nano/evaluate.py
-    latents = [model.autoencoder.encode(to_pixels(one)) for one in pictures]
+    latents = [model.autoencoder.encode(to_pixels(one)) for one in images]
     seen = [latent_tokens(latent, family.latent) for latent in latents]
     references = place_references(seen, "auto")
     noise = make_noise(family.latent, SIDE_PX, SIDE_PX, seed, len(prompts))
@@ -131,16 +112,6 @@ def run_edits(
     )
     x = noise.values
     for step in run(model.network, Job(conditioning=wanted, noise=noise, sigmas=sigmas)):
-=======
-    latents = [model.autoencoder.encode(to_pixels(one)) for one in images]
-    tokens = [latent_tokens(latent, family.latent) for latent in latents]
-    references = place_references(tokens, family.references.placement)
-    noise = make_noise(family.latent, SIDE_PX, SIDE_PX, seed, len(prompts))
-    sigmas = flux_sigmas(family.schedule, noise.values.shape[1], steps)
-    conditioning = Conditioning(text=text, references=references, guidance=family.default_guidance)
-    x = noise.values
-    for step in denoise(model.network, conditioning, noise, sigmas):
->>>>>>> nano:tools/nano/evaluate.py
         x = step.x
     return to_image(model.autoencoder.decode(tokens_latent(finish(x, noise))))
 
