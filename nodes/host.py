@@ -32,7 +32,7 @@ from ..flux_core.values import Tokens
 from .settings import in_words
 
 if TYPE_CHECKING:
-    from ..flux_core.weights.lora_parts import LoraPart
+    from ..flux_core.weights.lora import LoraPart
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ def quantised_layers(module: nn.Module) -> dict[str, Any]:
 
 def _patch(part: "LoraPart") -> Any:
     """Say a change in ComfyUI's words."""
-    from ..flux_core.weights.lora_parts import Kronecker, LowRank
+    from ..flux_core.weights.lora import Kronecker, LowRank
 
     change = part.change
     if isinstance(change, LowRank):

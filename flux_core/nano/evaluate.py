@@ -31,7 +31,7 @@ from ..tokens.references import place_references
 from ..transformer.flux import Flux
 from ..values import Conditioning, TextFeatures
 from ..weights.load import load_autoencoder, load_flux
-from ..weights.text_encoders import load_text_encoders
+from ..weights.load_text import load_text_encoders
 from . import paths
 from .drawing import Floats, draw, draw_pillow
 from .judge import judge

@@ -21,7 +21,7 @@ from glassbox.flux_core.nano.evaluate import (
 )
 from glassbox.flux_core.nano.world import EDITS, SAMPLED
 from glassbox.flux_core.transformer.flux import build_flux
-from glassbox.flux_core.weights.files import open_checkpoint
+from glassbox.flux_core.weights.checkpoint import open_checkpoint
 
 FAMILIES = (NANO_KONTEXT, NANO_KLEIN)
 AUTOENCODERS = {

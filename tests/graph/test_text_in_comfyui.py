@@ -41,7 +41,7 @@ import comfy.ops, torch
 pack = types.ModuleType("glassbox")
 pack.__path__ = [root]
 sys.modules["glassbox"] = pack
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
+from glassbox.flux_core.weights.load_text import load_text_encoders
 
 def load(operations, dtype):
     return load_text_encoders(

@@ -32,7 +32,7 @@ pack = types.ModuleType("glassbox")
 pack.__path__ = [root]
 sys.modules["glassbox"] = pack
 from glassbox.flux_core.families import MISTRAL_SMALL_3, QWEN3_4B
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
+from glassbox.flux_core.weights.load_text import load_text_encoders
 """
 COMPARE = (
     START
