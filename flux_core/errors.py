@@ -77,6 +77,15 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def shorten(name: str, longest: int = 80) -> str:
+    """Makes a name from a file fit into a message: not long, and with nothing unprintable in it."""
+    if len(name) > longest:
+        name = name[: longest - 1] + "…"
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in name
+    )
+
+
 def settings_in(text: str) -> tuple[str, ...]:
     """Names of the settings that a text mentions in brackets, in order."""
     return tuple(_SETTING.findall(text))

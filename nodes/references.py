@@ -3,11 +3,10 @@
 from comfy_api.latest import io
 from typing_extensions import override
 
-from ..flux_core.errors import SettingError
+from ..flux_core.errors import SettingError, shorten
 from ..flux_core.specs import Placement
 from ..flux_core.tokens.references import check_references, place_references
 from ..flux_core.values import Conditioning, Reference, Tokens
-from ..flux_core.weights.names import shorten
 from . import host
 from .native.conditioning import AnyText, as_text
 from .native.latent import as_tokens, is_latent

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..operations import Operations, torch_operations
 
-Shapes = dict[str, tuple[int, ...]]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipSpec:
@@ -36,10 +34,10 @@ class ClipSpec:
         """Attention heads, which no tensor's shape shows. CLIP-L has 12 of width 64."""
         return max(1, self.width // 64)
 
-    def shapes(self) -> Shapes:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every tensor by name, without the `text_model.` prefix."""
         width, ffn = self.width, self.ffn
-        shapes: Shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             "embeddings.token_embedding.weight": (self.vocabulary, width),
             "embeddings.position_embedding.weight": (self.positions, width),
         }
@@ -69,10 +67,10 @@ class T5Spec:
     head_dim: int
     buckets: int = 32  # of the relative position bias
 
-    def shapes(self) -> Shapes:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every tensor by name, without the `encoder.` prefix."""
         width, inner = self.width, self.heads * self.head_dim
-        shapes: Shapes = {"embed_tokens.weight": (self.vocabulary, width)}
+        shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocabulary, width)}
         for layer in range(self.layers):
             attention = f"block.{layer}.layer.0."
             feed_forward = f"block.{layer}.layer.1."
@@ -105,11 +103,11 @@ class LanguageModelShape:
     theta: float
     norm_eps: float
 
-    def shapes(self) -> Shapes:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every tensor by name, without the `model.` prefix."""
         hidden, ffn = self.hidden, self.ffn
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes: Shapes = {"embed_tokens.weight": (self.vocabulary, hidden)}
+        shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocabulary, hidden)}
         for layer in range(self.layers):
             stem = f"layers.{layer}."
             shapes[f"{stem}self_attn.q_proj.weight"] = (queries, hidden)

@@ -1,4 +1,4 @@
-"""The FLUX autoencoders: published (BFL) names and diffusers' names.
+"""Key map of the autoencoders: published (BFL) names and diffusers' names.
 
 diffusers numbers the decoder's levels in the order they run, BFL by their resolution; its
 attention is linear layers where BFL has 1x1 convolutions; and FLUX.2's convolutions around the
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from .layout import Layout, Recipe, count_numbers, find_prefix, lay_out
+from .key_map import KeyMap, KeyRule, count_numbers, find_prefix, map_keys
 
 MOST_LEVELS = 8  # of resolution; the published autoencoders have 4
 # What an autoencoder with a normalised latent has, by published name: FLUX.2's and not FLUX.1's.
@@ -24,8 +24,8 @@ _OURS = {theirs: ours for ours, theirs in _ATTENTION.items()}
 _KERNELS = re.compile(r".*\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
 
 
-def autoencoder_layout(keys: Iterable[str]) -> Layout | None:
-    """Sort out the keys of a file; None when they are not laid out like an autoencoder.
+def autoencoder_key_map(keys: Iterable[str]) -> KeyMap | None:
+    """Maps the keys of a file to ours; None when they are not laid out like an autoencoder.
 
     Raises:
         CheckpointError: a level is missing between others.
@@ -34,27 +34,27 @@ def autoencoder_layout(keys: Iterable[str]) -> Layout | None:
     prefix = find_prefix(keys, PREFIXES, ("encoder.down.", "decoder.up."))
     if prefix is not None:
         mine = [key for key in keys if key.startswith(prefix)]
-        recipes: dict[str, Recipe] = {}
+        rules: dict[str, KeyRule] = {}
         for key in mine:
-            recipes.setdefault(_bring_inside(key[len(prefix) :]), Recipe((key,)))
-        return lay_out("BFL", prefix, keys, recipes)
+            rules.setdefault(_move_inside(key[len(prefix) :]), KeyRule((key,)))
+        return map_keys("BFL", prefix, keys, rules)
     prefix = find_prefix(keys, PREFIXES, ("encoder.down_blocks.", "decoder.up_blocks."))
     if prefix is None:
         return None
     levels = count_numbers(keys, prefix + "decoder.up_blocks.", MOST_LEVELS)
-    recipes = {}
+    rules = {}
     for key in keys:
         if key.startswith(prefix):
             ours = to_published_name(key[len(prefix) :], levels)
             kernel = _KERNELS.fullmatch(ours) is not None
-            recipes.setdefault(ours, Recipe((key,), "1x1 kernel" if kernel else "none"))
-    return lay_out(
-        "diffusers", prefix, keys, recipes, lambda key: (prefix + to_diffusers_name(key, levels),)
+            rules.setdefault(ours, KeyRule((key,), "1x1 kernel" if kernel else "none"))
+    return map_keys(
+        "diffusers", prefix, keys, rules, lambda key: (prefix + to_diffusers_name(key, levels),)
     )
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename our tensors into diffusers' layout; the inverse of the layout."""
+    """Renames our tensors into diffusers' layout; the inverse of the key map."""
     levels = count_numbers(state, "decoder.up.")
     theirs: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -64,7 +64,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_published_name(name: str, levels: int) -> str:
-    """Rename one diffusers tensor; a name without a counterpart stays."""
+    """Renames one diffusers tensor; a name without a counterpart stays."""
     name = re.sub(
         r"^decoder\.up_blocks\.(\d{1,3})", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name
     )
@@ -78,14 +78,14 @@ def to_published_name(name: str, levels: int) -> str:
     name = re.sub(r"\.resnets\.(\d+)\.", r".block.\1.", name)
     name = re.sub(r"\.(down|up)samplers\.0\.", r".\1sample.", name)
     return (
-        _bring_inside(name)
+        _move_inside(name)
         .replace(".conv_shortcut.", ".nin_shortcut.")
         .replace(".conv_norm_out.", ".norm_out.")
     )
 
 
 def to_diffusers_name(name: str, levels: int) -> str:
-    """Rename one of our tensors; the inverse of `to_published_name`."""
+    """Renames one of our tensors; the inverse of `to_published_name`."""
     name = re.sub(
         r"^decoder\.up\.(\d{1,3})", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", name
     )
@@ -104,8 +104,8 @@ def to_diffusers_name(name: str, levels: int) -> str:
     )
 
 
-def _bring_inside(name: str) -> str:
-    """Put a convolution that stands beside encoder and decoder into the one it belongs to."""
+def _move_inside(name: str) -> str:
+    """Moves a convolution that stands beside encoder and decoder into the one it belongs to."""
     if name.startswith("quant_conv."):
         return "encoder." + name
     return "decoder." + name if name.startswith("post_quant_conv.") else name

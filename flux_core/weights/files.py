@@ -1,162 +1,204 @@
-"""Checkpoint files: a single file, a folder, or a set of shards, as one set of tensors.
+"""Which files a path means: one file, a folder, an index, or the shards of one model.
 
-Opening reads headers only. safetensors and GGUF are read: a pickled file can run code.
+Also the words for what is often found under a model's name and is none.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+import json
+import os
+import re
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from ..errors import CheckpointError, shorten
 
-from ..errors import CheckpointError
-from .gguf_file import GgufTensor, is_gguf, map_tensors, open_gguf
-from .header import ANOTHER_FILE, NEEDED, read_header
-from .names import check_path, shorten
-from .quantised import Quantised
-from .shards import files_of
-
-
-class _Tensors(AbstractContextManager[object], Protocol):
-    """An open file, as the safetensors library gives it."""
-
-    def get_tensor(self, name: str, /) -> Tensor:
-        """Map one tensor into memory."""
-        ...
+NEEDED = "a complete .safetensors file, or a folder of its shards."
+ANOTHER_FILE = "download the file again, or choose another in the loader."
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+_INDEX_ENDING = ".safetensors.index.json"
+_USUAL_STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers write
+_PICKLED = "a pickled PyTorch file, which can run code and is never opened"
+_PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_FIRST_BYTES = (
+    (b"PK\x03\x04", _PICKLED),
+    (b"\x80", _PICKLED),
+    (b"GGUF", "a GGUF file among shards, which are safetensors"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the model itself"),
+    (b"<", "a web page: the download was answered by a login or an error page"),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The tensors of one file, or of one set of shards, as the headers describe them."""
-
-    path: Path  # as asked for: a file or a folder
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype]
-    metadata: dict[str, str]
-    places: dict[str, Path]  # which file holds each key
-    quantised: dict[str, Quantised] = field(default_factory=dict[str, Quantised])  # by key
-    gguf: dict[str, GgufTensor] = field(default_factory=dict[str, GgufTensor])  # by key
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files behind it, in order of name."""
-        return tuple(sorted(set(self.places.values())))
-
-    def read(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Map tensors into memory; None means all of them.
-
-        Returns:
-            CPU tensors that share the file's pages: nothing is copied until it is used.
-
-        Raises:
-            CheckpointError: a key is not there, or the file changed since it was opened.
-        """
-        return dict(self.stream(self.shapes if keys is None else keys))
-
-    def stream(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (key, tensor) file by file, for work that holds one tensor at a time.
-
-        Quantised tensors come as the numbers they stand for, in float32.
-        """
-        keys = list(keys)
-        needed = [
-            name for key in keys if key in self.quantised for name in self.quantised[key].scales
-        ]
-        scales = dict(self.stored(needed))
-        for key, stored in self.stored(keys):
-            how = self.quantised.get(key)
-            if how is not None:
-                stored = how.restore(key, stored, [scales[name] for name in how.scales])
-            yield key, stored
-
-    def stored(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (key, tensor) as the file has them; the keys of scales are known here as well."""
-        wanted: dict[Path, list[str]] = {}
-        for key in keys:
-            if key not in self.places:
-                raise CheckpointError(
-                    f"{self.path.name} holds no tensor '{shorten(key)}'.", NEEDED, ANOTHER_FILE
-                )
-            wanted.setdefault(self.places[key], []).append(key)
-        for file, names in wanted.items():
-            try:
-                if self.gguf:
-                    yield from map_tensors(file, {name: self.gguf[name] for name in names})
-                    continue
-                tensors = cast(_Tensors, safe_open(str(file), framework="pt", device="cpu"))
-                with tensors:
-                    yield from ((name, tensors.get_tensor(name)) for name in names)
-            except (OSError, SafetensorError) as error:
-                # Not chained: the library repeats names of the file as they are.
-                reason = shorten(str(error).replace(str(file), file.name), 200)
-                raise CheckpointError(
-                    f"{file.name} could not be read after it was opened ({reason}).",
-                    "a file that stays in place while it is loaded.",
-                    ANOTHER_FILE,
-                ) from None
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the headers of a file, of a folder, or of the whole set one shard belongs to.
-
-    Args:
-        path: a .safetensors or .gguf file; one shard of a set; an index file; or a folder that
-            holds one of these, such as the transformer folder of a diffusers model.
+def files_of(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
+    """Returns the files that belong to a path, and for each key the file that its index names.
 
     Raises:
-        CheckpointError: nothing is there, a part is missing, or a file is neither safetensors nor
-            GGUF, cut short or malformed, or has a path that is not text; or a GGUF file cannot
-            be read without its library.
+        CheckpointError: nothing is there, a shard is missing, the index is malformed, or a path
+            is not text.
     """
-    files, index = files_of(path)
-    if len(files) == 1 and is_gguf(files[0]):
-        return _with_tensors(_open_gguf(path, files[0]))
-    checkpoint = Checkpoint(path, {}, {}, {}, {})
-    for file in files:
-        check_path(file)
-        header = read_header(file)
-        for key in header.shapes:
-            if key in checkpoint.places:
-                raise CheckpointError(
-                    f"'{shorten(key)}' is both in {checkpoint.places[key].name} and in "
-                    f"{file.name}.",
-                    "shards that belong together, each tensor in one of them.",
-                    ANOTHER_FILE,
-                )
-            checkpoint.places[key] = file
-        checkpoint.shapes.update(header.shapes)
-        checkpoint.dtypes.update(header.dtypes)
-        checkpoint.metadata.update(header.metadata)
-    lost = [key for key, file in index.items() if checkpoint.places.get(key) != file]
-    if lost:
+    check_path(path)
+    if not os.path.exists(path):  # Path.exists raises where a name is too long
+        raise CheckpointError(f"{shorten(path.name)} is not there any more.", NEEDED, ANOTHER_FILE)
+    if path.is_dir():
+        path = _choose_in_folder(path)
+    shard = _SHARD.fullmatch(path.name)
+    if shard is not None:
+        index = path.with_name(shard["stem"] + _INDEX_ENDING)
+        if not index.exists():
+            return _numbered_shards(path, shard), {}
+        path = index
+    if path.name.endswith(_INDEX_ENDING):
+        by_key = _read_index(path)
+        return tuple(sorted(set(by_key.values()))), by_key
+    return (path,), {}
+
+
+def first_bytes(file: Path, count: int) -> bytes:
+    """Returns up to `count` bytes from the start of a file.
+
+    Raises:
+        CheckpointError: the file cannot be opened.
+    """
+    try:
+        with file.open("rb") as stream:
+            return stream.read(count)
+    except OSError as error:
         raise CheckpointError(
-            f"The index of {path.name} names {len(lost)} tensors that are not in the shards it "
-            f"names for them, first '{shorten(lost[0])}'.",
-            "the index and the shards of the same download.",
+            f"{file.name} cannot be opened ({error.strerror}).", NEEDED, ANOTHER_FILE
+        ) from error
+
+
+def not_safetensors(file: Path, reason: str) -> CheckpointError:
+    """Builds the error for a file that the safetensors library does not read.
+
+    Args:
+        file: the file, whose first bytes may show what it is instead.
+        reason: the library's own words.
+    """
+    start = first_bytes(file, 64)
+    found = "empty" if not start else f"no whole safetensors file ({shorten(reason, 200)})"
+    if file.suffix.lower() in _PICKLE_ENDINGS:
+        found = _PICKLED
+    for magic, title in _FIRST_BYTES:
+        if start.startswith(magic):
+            found = title
+    return CheckpointError(f"{file.name} is {found}.", NEEDED, ANOTHER_FILE)
+
+
+def is_text(name: str) -> bool:
+    """Returns whether a name can be encoded as UTF-8, which a lone surrogate cannot."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_path(path: Path) -> None:
+    """Refuses a path that the safetensors library cannot open.
+
+    Raises:
+        CheckpointError: it holds bytes that are not text in the system's encoding.
+    """
+    if is_text(str(path)):
+        return
+    whose, what = "its name", "file" if path.suffix == ".safetensors" else "folder"
+    if is_text(path.name):
+        whose, what = "the name of a folder above it", "folder"
+    raise CheckpointError(
+        f"{shorten(path.name)} cannot be read: {whose} holds bytes that are not text.",
+        "a name in UTF-8.",
+        f"rename the {what}.",
+    )
+
+
+def _choose_in_folder(folder: Path) -> Path:
+    """Returns the one model in a folder: an index, a single file, or the first of its shards."""
+    models: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        shard = _SHARD.fullmatch(file.name)
+        models.setdefault(shard["stem"] if shard else file.name[: -len(".safetensors")], file)
+    for index in folder.glob("*" + _INDEX_ENDING):
+        models[index.name.removesuffix(_INDEX_ENDING)] = index
+    if len(models) == 1:
+        return next(iter(models.values()))
+    for stem in _USUAL_STEMS:
+        if stem in models:
+            return models[stem]
+    found = f"The folder {folder.name} holds {len(models)} models"
+    if models:
+        found += f" ({', '.join(map(shorten, sorted(models)[:4]))})"
+    inside = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
+    if inside:
+        found += f"; there are models in its folders {', '.join(map(shorten, inside[:9]))}"
+    raise CheckpointError(
+        f"{found}.",
+        "a folder with one model in .safetensors files.",
+        "choose the file itself, or the folder of one part, in the loader.",
+    )
+
+
+def _numbered_shards(path: Path, shard: re.Match[str]) -> tuple[Path, ...]:
+    total, number = int(shard["total"]), int(shard["number"])
+    if not 1 <= number <= total:
+        raise CheckpointError(
+            f"{path.name} calls itself number {number} of {total}.",
+            "shards numbered from 1 on.",
             ANOTHER_FILE,
         )
-    return _with_tensors(checkpoint)
+    stem = shard["stem"]
+    names = [f"{stem}-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+    _check_present(path.parent, names)
+    return tuple(path.with_name(name) for name in names)
 
 
-def _with_tensors(checkpoint: Checkpoint) -> Checkpoint:
-    if not checkpoint.shapes:
-        raise CheckpointError(f"{checkpoint.path.name} holds no tensors.", NEEDED, ANOTHER_FILE)
-    return checkpoint
-
-
-def _open_gguf(path: Path, file: Path) -> Checkpoint:
-    check_path(file)
-    found = open_gguf(file)
-    return Checkpoint(
-        path,
-        shapes={key: one.shape for key, one in found.tensors.items()},
-        dtypes={key: one.dtype for key, one in found.tensors.items()},
-        metadata=found.metadata,
-        places=dict.fromkeys(found.tensors, file),
-        quantised=found.quantised,
-        gguf=found.tensors,
+def _read_index(index: Path) -> dict[str, Path]:
+    """Reads which shard holds each tensor; all shards lie beside their index."""
+    try:
+        table = cast(object, json.loads(index.read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        table = None
+    weights = (
+        cast("dict[str, object]", table).get("weight_map") if isinstance(table, dict) else None
     )
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError(
+            f"{index.name} is damaged: it has no weight_map.",
+            "an index as transformers and diffusers write it.",
+            ANOTHER_FILE,
+        )
+    names = cast("dict[str, object]", weights)
+    for name in names.values():
+        if not isinstance(name, str) or not _is_plain_name(name):
+            raise CheckpointError(
+                f"{index.name} names '{shorten(str(name))}' as a shard.",
+                "names of .safetensors files in the same folder.",
+                ANOTHER_FILE,
+            )
+    shards = sorted(set(cast("dict[str, str]", names).values()))
+    _check_present(index.parent, shards)
+    paths = {name: index.with_name(name) for name in shards}
+    return {key: paths[name] for key, name in cast("dict[str, str]", names).items()}
+
+
+def _is_plain_name(name: str) -> bool:
+    has_folder = any(mark in name for mark in "/\\:\0")
+    return is_text(name) and not has_folder and name.endswith(".safetensors")
+
+
+def _check_present(folder: Path, names: list[str]) -> None:
+    """Refuses a set with missing shards; the folder is listed once, however many it names."""
+    try:
+        present = set(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(
+            f"The folder {folder.name} cannot be listed ({error.strerror}).",
+            "every shard of the set in a folder that can be read.",
+            "let ComfyUI read the folder, or choose another file in the loader.",
+        ) from None
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing):,} of {len(names):,} shards are not there: "
+            f"{', '.join(map(shorten, missing[:3]))}.",
+            "every shard of the set in the same folder.",
+            "download the missing shards beside the others.",
+        )

@@ -1,4 +1,4 @@
-"""Text encoders in GGUF files: llama.cpp's names of their tensors, and its order of rows.
+"""Text encoders in GGUF files: llama.cpp's names of their tensors, its order of rows, tokenizers.
 
 Files that keep transformers' names, as other converters write them, stay as they are.
 
@@ -12,11 +12,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..errors import CheckpointError, FamilyMismatchError
-from ..text.encoders import LOADER
-from .files import Checkpoint
-from .header import ANOTHER_FILE
-from .names import shorten
+from ..errors import CheckpointError, FamilyMismatchError, shorten
+from ..text.tekken import SpelledVocabulary
+from ..text.tokenizers import ChatTokenizer, load_mistral_tokenizer
+from .checkpoint import Checkpoint
+from .files import ANOTHER_FILE
+from .gguf import read_gguf_header
 
 _ARCHITECTURE = "general.architecture"
 _T5 = ("t5", "t5encoder")
@@ -60,10 +61,14 @@ _IN_LAYER = {
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
 }
-_TURNED = (".self_attn.q_proj.weight", ".self_attn.k_proj.weight")
+_ROTATED = (".self_attn.q_proj.weight", ".self_attn.k_proj.weight")
+# Mistral's tokenizer; Qwen3's and T5's come from elsewhere.
+_WORDS, _KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+# What Mistral's vocabulary is called there: a byte-level BPE, split as tekken splits.
+_TEKKEN = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}
 _NEEDED = "T5 for FLUX.1; Qwen3 or Mistral Small 3.2 for FLUX.2."
 _KNOWN_OTHERS = {  # what people have beside them
-    "clip": "the picture half (mmproj) of a language model, or a CLIP of clip.cpp",
+    "clip": "the image half (mmproj) of a language model, or a CLIP of clip.cpp",
     "gemma2": "Gemma 2",
     "gemma3": "Gemma 3",
     "qwen2": "Qwen2.5",
@@ -75,9 +80,9 @@ _KNOWN_OTHERS = {  # what people have beside them
 
 
 def with_plain_names(checkpoint: Checkpoint) -> Checkpoint:
-    """Show a text encoder of a GGUF file under transformers' names.
+    """Renames a text encoder of a GGUF file as transformers does.
 
-    Names that are not known stay as they are behind their layer, so that checks find them.
+    Names that are not known stay as they are after their layer, so that checks find them.
 
     Raises:
         FamilyMismatchError: it is a model of another architecture.
@@ -99,9 +104,9 @@ def with_plain_names(checkpoint: Checkpoint) -> Checkpoint:
     if architecture in _INTERLEAVED and _is_stretched(checkpoint.metadata, architecture):
         raise FamilyMismatchError(
             f"{checkpoint.path.name} is another language model: Ministral 3, Devstral 2 or the "
-            "like, whose places are stretched (yarn).",
+            "like, whose positions are stretched (yarn).",
             "Mistral Small 3.2, which FLUX.2 [dev] reads.",
-            f"choose the language model of your FLUX.2 model in {LOADER}.",
+            "choose the language model of your FLUX.2 model in [text encoder loader].",
         )
     has_gate = "enc.blk.0.ffn_gate.weight" in checkpoint.shapes
     is_t5 = architecture in _T5
@@ -112,25 +117,44 @@ def with_plain_names(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def is_interleaved(checkpoint: Checkpoint) -> bool:
-    """Tell whether queries and keys have llama.cpp's order of rows, see `in_halves`."""
+    """Returns whether queries and keys have llama.cpp's order of rows, see `in_halves`."""
     return bool(checkpoint.gguf) and checkpoint.metadata.get(_ARCHITECTURE) in _INTERLEAVED
 
 
 def in_halves(name: str, tensor: Tensor, head_dim: int) -> Tensor:
-    """Bring the rows of queries and keys into transformers' order; other tensors stay.
+    """Reorders the rows of queries and keys as transformers has them; other tensors stay.
 
-    llama.cpp turns neighbours into each other with the place, 0 and 1, 2 and 3, …; transformers
-    turns row i of a head and row i + head_dim / 2.
+    llama.cpp rotates neighbours by position, 0 and 1, 2 and 3, …; transformers rotates row i of
+    a head and row i + head_dim / 2.
 
     Args:
         name: ours, such as `layers.0.self_attn.q_proj.weight`.
-        tensor: (heads * head_dim, columns) where it is turned.
+        tensor: (heads * head_dim, columns) where it is rotated.
         head_dim: rows of one head.
     """
-    if not name.endswith(_TURNED):
+    if not name.endswith(_ROTATED):
         return tensor
     pairs = tensor.view(-1, head_dim // 2, 2, tensor.shape[1])
     return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def carries_tekken(checkpoint: Checkpoint) -> bool:
+    """Returns whether a file says that it carries Mistral's vocabulary."""
+    metadata = checkpoint.metadata
+    return bool(checkpoint.gguf) and all(metadata.get(key) == one for key, one in _TEKKEN.items())
+
+
+def load_gguf_tokenizer(checkpoint: Checkpoint) -> ChatTokenizer:
+    """Loads the tokenizer of a GGUF file that carries Mistral's vocabulary.
+
+    Its merges are not read: they follow from the order of the tokens, as in tekken.json.
+
+    Raises:
+        CheckpointError: it is missing or broken, or the file changed since it was opened.
+    """
+    header = read_gguf_header(checkpoint.files[0], (_WORDS, _KINDS))
+    words, kinds = header.words.get(_WORDS, ()), header.numbers.get(_KINDS, ())
+    return load_mistral_tokenizer(SpelledVocabulary(words, kinds))
 
 
 def _t5_name(key: str, has_gate: bool) -> str:
@@ -161,9 +185,9 @@ def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
         checkpoint,
         shapes={names[key]: shape for key, shape in checkpoint.shapes.items()},
         dtypes={names[key]: dtype for key, dtype in checkpoint.dtypes.items()},
-        places={names[key]: file for key, file in checkpoint.places.items()},
-        quantised={names[key]: how for key, how in checkpoint.quantised.items()},
-        gguf={names[key]: tensor for key, tensor in checkpoint.gguf.items()},
+        file_of={names[key]: file for key, file in checkpoint.file_of.items()},
+        quantised={names[key]: one for key, one in checkpoint.quantised.items()},
+        gguf={names[key]: one for key, one in checkpoint.gguf.items()},
     )
 
 
@@ -172,7 +196,7 @@ def _another(checkpoint: Checkpoint, architecture: str) -> FamilyMismatchError:
     return FamilyMismatchError(
         f"{checkpoint.path.name} is another GGUF file: {what}.",
         _NEEDED,
-        f"choose the text encoder of your model in {LOADER}.",
+        "choose the text encoder of your model in [text encoder loader].",
     )
 
 

@@ -1,4 +1,4 @@
-"""Load transformers and autoencoders of FLUX from any published layout, and save our own.
+"""Loads transformers and autoencoders of FLUX from any published layout, and saves our own.
 
 Everything that can be wrong with a file's keys and shapes is said before a weight is read.
 Tensors that need no change stay memory-mapped: a 24 GB file is not held twice.
@@ -6,6 +6,7 @@ Tensors that need no change stay memory-mapped: a 24 GB file is not held twice.
 
 import math
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,23 +19,56 @@ from ..image.autoencoder import Autoencoder
 from ..operations import Operations
 from ..specs import FluxFamily
 from ..transformer.flux import Flux, build_flux
-from .autoencoder_keys import autoencoder_layout
-from .check import check_tensors, complete_tensors, expect_layout, shapes_of
-from .choose import choose_family, differences
+from .autoencoder_keys import autoencoder_key_map
+from .checkpoint import dtype_name
 from .convert import Conversion, check_statistics, plan_conversion
 from .detect import (
     AUTOENCODER_SIZING,
-    Known,
-    flux_sizing,
+    DetectedAutoencoder,
+    DetectedFamily,
+    describe_decoder,
+    describe_size,
+    detect_autoencoder,
+    detect_family,
+    detect_transformer,
     generation_of,
-    narrow_decoder,
-    spec_of_autoencoder,
-    spec_of_flux,
+    transformer_sizing,
 )
-from .kinds import AUTOENCODERS, QUANTISED, TRANSFORMERS
-from .quantised_layers import open_plain
-from .report import LoadReport
-from .transformer_keys import transformer_layout
+from .key_map import check_shapes, complete_shapes, shapes_of
+from .kinds import AUTOENCODERS, QUANTISED, TRANSFORMERS, expect_key_map
+from .quantised import open_dequantised
+from .transformer_keys import transformer_key_map
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a loader found in a file and did with it, for people to read."""
+
+    title: str  # the published model, or the kind of part
+    known_by: str  # how that is known: "named in the file", "guessed from the file name", …
+    guessed: bool
+    source: str  # the file or folder, by name
+    files: int
+    layout: str  # "BFL" or "diffusers"
+    prefix: str
+    dtype: torch.dtype  # of the module
+    tensors: int
+    parameters: int
+    size: int  # bytes in memory
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One fact per line."""
+        shards = f" in {self.files} files" if self.files > 1 else ""
+        prefix = f", keys begin with '{self.prefix}'" if self.prefix else ""
+        lines = [
+            f"{self.title} ({self.known_by})",
+            f"{self.source}{shards}, {self.layout} layout{prefix}",
+            f"{self.tensors} tensors, {self.parameters:,} parameters, {dtype_name(self.dtype)}, "
+            f"{self.size / 1e9:.2f} GB",
+            *self.notes,
+        ]
+        return "\n".join(lines)
 
 
 def load_flux(
@@ -44,18 +78,18 @@ def load_flux(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     operations: Operations | None = None,
-    stored_operations: Operations | None = None,
+    quantised_operations: Operations | None = None,
 ) -> tuple[Flux, LoadReport]:
-    """Load a FLUX.1 or FLUX.2 transformer.
+    """Loads a FLUX.1 or FLUX.2 transformer.
 
     Args:
         path: a file, a shard or a folder; see `open_checkpoint`.
-        family: None finds it out, see `choose_family`.
+        family: None finds it out, see `detect_family`.
         dtype: of the weights; None keeps the file's own, with fewer bits widened to bfloat16.
         device: where the weights go; None leaves them in memory mapped from the file.
         operations: the layer classes; PyTorch's own when None.
-        stored_operations: the layer classes for a file with quantised weights that can stay in
-            memory as they are stored, see `operations.py`; None makes them plain.
+        quantised_operations: the layer classes for a file with weights that can stay quantised
+            in memory, see `operations.py`; None dequantises them.
 
     Returns:
         The network in evaluation mode without gradients, and what was found.
@@ -64,28 +98,29 @@ def load_flux(
         CheckpointError: the file is broken, incomplete or something else.
         FamilyMismatchError: the file cannot be the family that was asked for.
     """
-    checkpoint = open_plain(path)
-    layout = transformer_layout(checkpoint.shapes)
+    checkpoint = open_dequantised(path)
+    key_map = transformer_key_map(checkpoint.shapes)
     needed = "a FLUX.1 or FLUX.2 transformer"
-    layout = expect_layout(checkpoint, layout, needed, (*QUANTISED, *TRANSFORMERS))
-    generation = generation_of(layout.recipes)
-    shapes = complete_tensors(checkpoint, layout, flux_sizing(generation), generation.latent.name)
-    spec = spec_of_flux(shapes)
-    chosen, known = choose_family(spec, path, checkpoint.metadata, family)
+    key_map = expect_key_map(checkpoint, key_map, needed, (*QUANTISED, *TRANSFORMERS))
+    generation = generation_of(key_map.rules)
+    source, sizing = path.name, transformer_sizing(generation)
+    shapes = complete_shapes(source, key_map, checkpoint.shapes, sizing, generation.latent.name)
+    spec = detect_transformer(shapes)
+    detected = detect_family(spec, path, checkpoint.metadata, family)
+    chosen = detected.family
     twin = build_flux(chosen, spec, device="meta")
     modulation, blocks = shapes_of(twin.modulation), shapes_of(twin.blocks)
-    check_tensors(checkpoint, layout, shapes, modulation | blocks, chosen.title)
-    as_stored = stored_operations is not None
-    conversion = plan_conversion(checkpoint, layout, dtype, {}, as_stored=as_stored)
+    check_shapes(source, key_map, checkpoint.shapes, modulation | blocks, chosen.title)
+    keep_quantised = quantised_operations is not None
+    conversion = plan_conversion(checkpoint, key_map, dtype, keep_quantised=keep_quantised)
     where: str | torch.device = "meta"
-    if conversion.kept:  # such layers make no weight, and put it on the device they are made for
-        operations, where = stored_operations, device or "cpu"
+    if conversion.quantised:  # such layers make no weight, and put it on the device they have
+        operations, where = quantised_operations, device or "cpu"
     network = build_flux(chosen, spec, dtype=conversion.target, device=where, operations=operations)
     state = conversion.read(device)
-    _assign(network.modulation, _part(state, modulation))
-    _assign(network.blocks, _part(state, blocks))
-    lines = (chosen.title, differences(spec, chosen), *conversion.notes())
-    return network, _report(conversion, known, state, lines)
+    _assign(network.modulation, _half(state, modulation))
+    _assign(network.blocks, _half(state, blocks))
+    return network, _report(conversion, detected, state, chosen.title, describe_size(spec, chosen))
 
 
 def load_autoencoder(
@@ -95,32 +130,33 @@ def load_autoencoder(
     device: torch.device | str | None = None,
     operations: Operations | None = None,
 ) -> tuple[Autoencoder, LoadReport]:
-    """Load the autoencoder of FLUX.1 or FLUX.2; arguments, result and errors as in `load_flux`.
+    """Loads the autoencoder of FLUX.1 or FLUX.2; arguments, result and errors as in `load_flux`.
 
     FLUX.2's batch statistics stay float32 whatever the dtype.
     """
-    checkpoint = open_plain(path)
-    layout = autoencoder_layout(checkpoint.shapes)
+    checkpoint = open_dequantised(path)
+    key_map = autoencoder_key_map(checkpoint.shapes)
     wanted = "an autoencoder of FLUX.1 or FLUX.2"
-    layout = expect_layout(checkpoint, layout, wanted, (*QUANTISED, *AUTOENCODERS))
-    shapes = complete_tensors(checkpoint, layout, AUTOENCODER_SIZING, wanted)
-    spec, known = spec_of_autoencoder(shapes, checkpoint.metadata)
+    key_map = expect_key_map(checkpoint, key_map, wanted, (*QUANTISED, *AUTOENCODERS))
+    source = path.name
+    shapes = complete_shapes(source, key_map, checkpoint.shapes, AUTOENCODER_SIZING, wanted)
+    detected = detect_autoencoder(shapes, checkpoint.metadata)
+    spec = detected.spec
     title = f"The autoencoder of {spec.latent.name}"
     twin = Autoencoder(spec, device="meta")
-    check_tensors(checkpoint, layout, shapes, shapes_of(twin), title)
-    fixed = {key: buffer.dtype for key, buffer in twin.named_buffers()}
-    conversion = plan_conversion(checkpoint, layout, dtype, fixed)
+    check_shapes(source, key_map, checkpoint.shapes, shapes_of(twin), title)
+    buffers = {key: buffer.dtype for key, buffer in twin.named_buffers()}
+    conversion = plan_conversion(checkpoint, key_map, dtype, buffers)
     module = Autoencoder(spec, dtype=conversion.target, device="meta", operations=operations)
     state = conversion.read(device)
     if module.bn is not None:
         check_statistics(checkpoint, state["bn.running_mean"], state["bn.running_var"])
     _assign(module, state)
-    lines = (title, narrow_decoder(spec), *conversion.notes())
-    return module, _report(conversion, known, state, lines)
+    return module, _report(conversion, detected, state, title, describe_decoder(spec))
 
 
 def save_bfl(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a module under its published names; the file appears whole or not at all.
+    """Writes a module under its published names; the file appears whole or not at all.
 
     Args:
         module: a `Flux`, whose two parts are merged, or any module with published names.
@@ -154,8 +190,8 @@ def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.requires_grad_(False).eval()
 
 
-def _part(state: Mapping[str, Tensor], keys: Container[str]) -> dict[str, Tensor]:
-    """Take the tensors of one part, and what lies beside its weights."""
+def _half(state: Mapping[str, Tensor], keys: Container[str]) -> dict[str, Tensor]:
+    """Returns the tensors of modulation or blocks, with the scales of their weights."""
     return {
         key: tensor
         for key, tensor in state.items()
@@ -164,21 +200,24 @@ def _part(state: Mapping[str, Tensor], keys: Container[str]) -> dict[str, Tensor
 
 
 def _report(
-    conversion: Conversion, known: Known, state: Mapping[str, Tensor], lines: tuple[str, ...]
+    conversion: Conversion,
+    detected: DetectedFamily | DetectedAutoencoder,
+    state: Mapping[str, Tensor],
+    title: str,
+    size: str,
 ) -> LoadReport:
-    title, *notes = lines
-    checkpoint, layout = conversion.checkpoint, conversion.layout
+    checkpoint, key_map = conversion.checkpoint, conversion.key_map
     return LoadReport(
         title=title,
-        known_by=known.why,
-        guessed=known.guessed,
+        known_by=detected.known_by,
+        guessed=detected.guessed,
         source=checkpoint.path.name,
         files=len(checkpoint.files),
-        layout=layout.name,
-        prefix=layout.prefix,
+        layout=key_map.layout,
+        prefix=key_map.prefix,
         dtype=conversion.target,
-        tensors=len(layout.recipes),
-        parameters=sum(math.prod(shape) for shape in layout.shapes(checkpoint.shapes).values()),
+        tensors=len(key_map.rules),
+        parameters=sum(math.prod(shape) for shape in key_map.shapes(checkpoint.shapes).values()),
         size=sum(tensor.nbytes for tensor in state.values()),
-        notes=tuple(note for note in notes if note),
+        notes=tuple(note for note in (size, *conversion.notes()) if note),
     )

@@ -4,16 +4,15 @@ import math
 import re
 from dataclasses import dataclass
 
-from ..errors import SettingError
+from ..errors import SettingError, shorten
 from ..specs import TransformerSpec
-from .names import shorten
 
 _MOST = 100.0  # ComfyUI's own limit of a LoRA's strength
 _ENTRY = re.compile(r"(?P<kind>[a-z]+)\s*(?P<blocks>[\d\s,-]*?)\s*[:=]\s*(?P<strength>\S+)")
 _RANGE = re.compile(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?")
 _EXAMPLE = '"double 0-7: 1.0; single 0,2,5-10: 0.5; other: 0"'
 _NEEDED = f"entries such as {_EXAMPLE}."
-_FIX = "change block_strengths on 'Apply LoRA (FLUX)', or leave it empty."
+_FIX = "change [block_strengths], or leave it empty."
 _LONGEST = 10_000  # characters
 
 
@@ -26,7 +25,7 @@ class BlockStrengths:
     other: float  # of all layers outside the blocks
 
     def of(self, key: str) -> float:
-        """Give the factor of one of our tensors."""
+        """Returns the factor of one of our tensors."""
         kind, _, rest = key.partition(".")
         number = rest.partition(".")[0]
         if kind == "double_blocks":
@@ -35,12 +34,12 @@ class BlockStrengths:
 
 
 def parse_strengths(text: str, spec: TransformerSpec) -> BlockStrengths:
-    """Read the strengths of blocks.
+    """Parses the strengths of blocks.
 
     Args:
-        text: entries "<double|single|other> [blocks]: <strength>", parted by semicolons or
-            lines; blocks are numbers and ranges parted by commas, all when left out. A later
-            entry counts for the blocks it names.
+        text: entries "<double|single|other> [blocks]: <strength>", separated by semicolons or
+            lines; blocks are numbers and ranges separated by commas, all where none is named. A
+            later entry counts for the blocks it names.
         spec: of the model, which says how many blocks there are.
 
     Raises:
@@ -81,7 +80,7 @@ def _strength(text: str, entry: str) -> float:
 
 
 def _blocks(text: str, kind: str, count: int) -> list[int]:
-    """List the blocks an entry names; all of them when it names none."""
+    """Lists the blocks an entry names; all of them when it names none."""
     if not text:
         return list(range(count))
     blocks: list[int] = []

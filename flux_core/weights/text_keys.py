@@ -1,23 +1,37 @@
-"""Which text encoders a file holds, told from its keys, and what each key is called here.
+"""Key map of the text encoders: which of them a file holds, and what each key is called here.
 
-The names here are those of ClipSpec.shapes() and T5Spec.shapes(). Files add prefixes of their
-own: `text_model.` (transformers 4, ComfyUI), `encoder.` (T5), `text_encoders.clip_l.transformer.`
-(whole checkpoints), …
+The names here are those of the specs' shapes() in `text/modules.py`. Files add prefixes of their
+own. CLIP and T5: `text_model.` (transformers 4, ComfyUI), `encoder.` (T5),
+`text_encoders.clip_l.transformer.` (whole checkpoints). Language models: `model.` (transformers,
+ComfyUI), `language_model.model.` and `model.language_model.` (beside a vision tower),
+`text_encoders.qwen3_4b.transformer.model.` (whole checkpoints), …
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..errors import CheckpointError
-from ..text.modules import CLIP_L, T5_XXL, ClipSpec, Shapes, T5Spec
-from .names import MOST_BLOCKS, shorten
+from ..errors import CheckpointError, FamilyMismatchError
+from ..specs import LanguageModelSpec
+from ..text.modules import CLIP_L, T5_XXL, ClipSpec, LanguageModelShape, T5Spec
+from ..types import Shapes
+from .checkpoint import Checkpoint
+from .key_map import (
+    KeyMap,
+    KeyRule,
+    check_shapes,
+    count_numbers,
+    matrix_sides,
+)
 
-Kind = Literal["CLIP-L", "T5"]
+CHOOSE = "choose another file in [text encoder loader]."
 
 _CLIP_MARK = "embeddings.token_embedding.weight"
 _T5_MARK = "block.0.layer.0.SelfAttention.q.weight"
+_MODEL_MARK = "layers.0.self_attn.q_proj.weight"
+_TABLE = "embed_tokens.weight"
+_MOST_ENCODERS = 16  # of one kind in one file; published checkpoints have up to four
 _CLIP_NAME = re.compile(
     r"(embeddings\.(token|position)_embedding|encoder\.layers\.\d+|final_layer)"
 )
@@ -28,117 +42,129 @@ _KNOWN_EXTRAS = re.compile(
     r"embeddings\.position_ids|logit_scale|logit_bias|text_projection(\.weight)?"
     r"|visual_projection\.weight|vision_model\..*|lm_head\.weight|decoder\..*"
     r"|shared\.weight|encoder\.embed_tokens\.weight|spiece_model|scaled_fp8"
-    r"|scale_input|input_scale|comfy_quant"
+    r"|scale_input|input_scale|comfy_quant|rotary_emb\.inv_freq"
     r")",
     re.DOTALL,  # a name of many dots or lines must not cost more than its length
 )
 # Widths of text encoders that look like FLUX.1's and are not.
 _OTHER_CLIPS = {512: "CLIP ViT-B", 1024: "CLIP-H (OpenCLIP)", 1280: "CLIP-G (OpenCLIP)"}
 _OTHER_T5S = {512: "T5 small", 768: "T5 base", 1024: "T5 large", 2048: "T5 XL"}
-_MOST_PARTS = 16  # encoders in one file; published checkpoints have up to four
-_STRANGERS = (
-    (r"\.lora_(A|B|down|up)\b|^lora_", "a LoRA"),
-    (r"double_blocks\.0\.", "a FLUX diffusion model"),
-    (r"(^|\.)(single_)?transformer_blocks\.0\.", "a diffusion transformer"),
-    (
-        r"joint_blocks\.0\.|input_blocks\.0\.|(^|\.)down_blocks\.0\..*attentions",
-        "a diffusion model",
-    ),
-    (r"(^|\.)decoder\.(mid|up)\.|(^|\.)decoder\.(mid|up)_block", "an autoencoder (VAE)"),
-    (r"resblocks\.0\.", "an OpenCLIP file in its own layout"),
-    (r"vision_model\.|visual\.", "an image encoder"),
-    (r"layers\.0\.(self_attn|mixer|linear_attn)", "a language model (such as Qwen or Mistral)"),
+# What else is built like the wanted language models: by a key, after the prefix.
+_OTHER_MODELS = (
+    ("layers.0.self_attn.q_proj.bias", "Qwen2.5"),
+    ("layers.0.post_feedforward_layernorm.weight", "Gemma"),
+    ("layers.0.mlp.gate.weight", "a mixture of experts"),
+    ("layers.0.self_attn.sinks", "GPT-OSS"),
 )
-_NODES = (
-    ("a FLUX diffusion model", "'Load Model (FLUX)'"),
-    ("a diffusion transformer", "'Load Model (FLUX)' if it is FLUX"),
-    ("an autoencoder (VAE)", "'Load Autoencoder (FLUX)'"),
-    ("a LoRA", "'Apply LoRA (FLUX)'"),
-)
+_OTHER_WIDTHS = {
+    ("qwen3", 1024): "Qwen3 0.6B",
+    ("qwen3", 2048): "Qwen3 1.7B",
+    ("qwen3", 5120): "Qwen3 14B or 32B",
+    ("mistral3", 2048): "Llama 3.2 1B or the like",
+    ("mistral3", 3072): "Ministral 3 3B, Llama 3.2 3B or the like",
+    ("mistral3", 4096): "Mistral 7B, Llama 3 8B or the like",
+    ("mistral3", 8192): "Llama 3 70B or the like",
+    ("mistral3", 12288): "Mistral Large or the like",
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class EncoderKeys:
     """One text encoder inside a file."""
 
-    kind: str  # a Kind, or the title of a language model
-    prefix: str  # before every name
-    keys: dict[str, str]  # name here -> key in the file
+    title: str  # "CLIP-L", "T5", or that of a language model
+    key_map: KeyMap
     other: str | None = None  # the model it is, when it is not FLUX.1's
-    generation: str = "FLUX.1"
 
     @property
     def is_whole_file(self) -> bool:
-        """Nothing sets the encoder apart from what else may be in the file."""
-        return self.prefix in ("", "text_model.", "encoder.")
+        """Whether nothing sets the encoder apart from what else may be in the file."""
+        return self.key_map.prefix in ("", "text_model.", "encoder.")
 
 
-def find_parts(shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
-    """Find every CLIP and T5 in a file, wanted or not.
+@dataclass(frozen=True, slots=True)
+class LanguageModelKeys:
+    """A language model inside a file: its layers up to the last one that is read."""
+
+    spec: LanguageModelSpec
+    shape: LanguageModelShape
+    keys: EncoderKeys
+    depth: int  # layers in the file
+
+
+def find_encoders(shapes: Shapes) -> list[EncoderKeys]:
+    """Finds every CLIP and T5 in a file, wanted or not.
 
     Raises:
         CheckpointError: there are more than any file has.
     """
-    count = sum(key.endswith((_CLIP_MARK, _T5_MARK)) for key in shapes)
-    if count > _MOST_PARTS:
-        raise CheckpointError(
-            f"The file holds {count:,} text encoders.",
-            "one or two of them.",
-            "choose another file in 'Load Text Encoders (FLUX)'.",
-        )
-    parts: list[Part] = []
+    _check_count(sum(key.endswith((_CLIP_MARK, _T5_MARK)) for key in shapes), "text encoders")
+    encoders: list[EncoderKeys] = []
     for key in shapes:
         if key.endswith(_CLIP_MARK):
-            parts.append(_part("CLIP-L", key.removesuffix(_CLIP_MARK), shapes))
+            encoders.append(_encoder("CLIP-L", key.removesuffix(_CLIP_MARK), shapes))
         elif key.endswith(_T5_MARK):
             prefix = key.removesuffix(_T5_MARK)
             if not prefix.endswith("decoder."):
-                parts.append(_part("T5", prefix, shapes))
-    return parts
+                encoders.append(_encoder("T5", prefix, shapes))
+    return encoders
 
 
-def leftover_keys(shapes: Iterable[str], parts: Iterable[Part]) -> list[str]:
-    """List the keys that belong to no part and are not known to come along."""
-    claimed = {key for part in parts for key in part.keys.values()}
-    return [key for key in shapes if key not in claimed and not _KNOWN_EXTRAS.fullmatch(key)]
+def find_language_models(shapes: Shapes) -> list[str]:
+    """Lists the prefixes of the language models in a file, wanted or not.
+
+    Raises:
+        CheckpointError: there are more than any file has.
+    """
+    prefixes = [key[: -len(_MODEL_MARK)] for key in shapes if key.endswith(_MODEL_MARK)]
+    _check_count(len(prefixes), "language models")
+    return [
+        prefix
+        for prefix in prefixes
+        if (not prefix or prefix.endswith(".")) and prefix + _TABLE in shapes
+    ]
 
 
-def loader_of(stranger: str) -> str:
-    """Say which node loads what `describe_stranger` named, if one does; ends with a blank."""
-    return next((f"load it with {node}, and " for name, node in _NODES if name == stranger), "")
+def leftover_keys(keys: Iterable[str], encoders: Iterable[EncoderKeys]) -> list[str]:
+    """Lists the keys that belong to no encoder and are not known to come along."""
+    claimed = {
+        key for one in encoders for rule in one.key_map.rules.values() for key in rule.sources
+    }
+    return [key for key in keys if key not in claimed and not _KNOWN_EXTRAS.fullmatch(key)]
 
 
-def describe_stranger(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Say what a file without text encoders most likely is."""
-    for pattern, name in _STRANGERS:
-        if any(re.search(pattern, key) for key in shapes):
-            return name
-    first = next(iter(shapes), "none")
-    return f"a file of {len(shapes)} tensors that are no text encoder (first: '{shorten(first)}')"
+def clip_spec(encoder: EncoderKeys, shapes: Shapes) -> ClipSpec:
+    """Reads CLIP's sizes; a file as wide as CLIP-L has to be as deep.
 
-
-def clip_spec(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> ClipSpec:
-    """Read CLIP's shape; a file as wide as CLIP-L has to be as deep."""
-    vocabulary, width = _matrix(part, _CLIP_MARK, shapes)
-    positions, _ = _matrix(part, "embeddings.position_embedding.weight", shapes)
+    Raises:
+        CheckpointError: a tensor that tells a size is missing or malformed.
+    """
+    ours = encoder.key_map.shapes(shapes)
+    vocabulary, width = matrix_sides(ours, _CLIP_MARK, encoder.title)
+    positions, _ = matrix_sides(ours, "embeddings.position_embedding.weight", encoder.title)
     if width == CLIP_L.width:
         layers, ffn = CLIP_L.layers, CLIP_L.ffn
     else:
-        layers = _count_layers(part, r"encoder\.layers\.(\d+)\.")
-        ffn, _ = _matrix(part, "encoder.layers.0.mlp.fc1.weight", shapes)
+        layers = count_numbers(ours, "encoder.layers.")
+        ffn, _ = matrix_sides(ours, "encoder.layers.0.mlp.fc1.weight", encoder.title)
     return ClipSpec(width=width, layers=layers, ffn=ffn, vocabulary=vocabulary, positions=positions)
 
 
-def t5_spec(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> T5Spec:
-    """Read T5's shape; a file as wide as T5-XXL has to be T5-XXL."""
-    vocabulary, width = _matrix(part, "embed_tokens.weight", shapes)
+def t5_spec(encoder: EncoderKeys, shapes: Shapes) -> T5Spec:
+    """Reads T5's sizes; a file as wide as T5-XXL has to be T5-XXL.
+
+    Raises:
+        CheckpointError: a tensor that tells a size is missing or malformed.
+    """
+    ours = encoder.key_map.shapes(shapes)
+    vocabulary, width = matrix_sides(ours, _TABLE, encoder.title)
     if width == T5_XXL.width:
         return T5_XXL
-    layers = _count_layers(part, r"block\.(\d+)\.")
-    ffn, _ = _matrix(part, "block.0.layer.1.DenseReluDense.wi_0.weight", shapes)
+    layers = count_numbers(ours, "block.")
+    ffn, _ = matrix_sides(ours, "block.0.layer.1.DenseReluDense.wi_0.weight", encoder.title)
     bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    buckets, heads = _matrix(part, bias, shapes)
-    inner, _ = _matrix(part, _T5_MARK, shapes)
+    buckets, heads = matrix_sides(ours, bias, encoder.title)
+    inner, _ = matrix_sides(ours, _T5_MARK, encoder.title)
     return T5Spec(
         width=width,
         layers=layers,
@@ -150,38 +176,64 @@ def t5_spec(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> T5Spec:
     )
 
 
-def check_part(part: Part, needed: Shapes, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare what a file holds of one encoder with what that encoder needs.
+def language_model_keys(
+    file: Checkpoint, prefix: str, wanted: Sequence[LanguageModelSpec]
+) -> LanguageModelKeys:
+    """Detects which of the wanted models has a prefix, and checks the tensors it needs.
+
+    Where several are wanted, a size that no known model has is taken as it is.
 
     Raises:
+        FamilyMismatchError: it is another model.
         CheckpointError: tensors are missing, of another shape, or too many.
     """
-    missing = [name for name in needed if name not in part.keys]
-    extra = [key for name, key in part.keys.items() if name not in needed]
-    wrong = [n for n, shape in needed.items() if n in part.keys and shapes[part.keys[n]] != shape]
-    if missing:
-        found = f"{len(missing)} of its tensors are missing, first '{shorten(missing[0])}'."
-    elif extra:
-        found = f"{len(extra)} tensors do not belong to it, first '{shorten(extra[0])}'."
-    elif wrong:
-        name = wrong[0]
-        key = part.keys[name]
-        found = (
-            f"{len(wrong)} of its tensors have another shape; first '{shorten(key)}' is "
-            f"{_sides(shapes[key])}, not {_sides(needed[name])}."
+    shapes = file.shapes
+    vocabulary, hidden = matrix_sides(shapes, prefix + _TABLE, "language model")
+    has_norms = f"{prefix}layers.0.self_attn.q_norm.weight" in shapes
+    architecture = "qwen3" if has_norms else "mistral3"
+    other = _other_language_model(shapes, prefix)
+    kin = [one for one in wanted if one.architecture == architecture]
+    fitting = [one for one in kin if one.hidden == hidden]
+    if not fitting and len(wanted) > 1 and kin and (architecture, hidden) not in _OTHER_WIDTHS:
+        fitting = [_of_custom_size(kin[-1], shapes, prefix, hidden)]
+    if other or not fitting:
+        other = other or _OTHER_WIDTHS.get((architecture, hidden), f"a model {hidden} wide")
+        raise FamilyMismatchError(
+            f"{file.path.name} is another language model: {other}.",
+            " or ".join(f"{one.title} ({one.hidden} wide)" for one in wanted)
+            + ", which FLUX.2 reads.",
+            "choose the language model of your FLUX.2 model in [text encoder loader].",
         )
-    else:
-        return
-    raise CheckpointError(
-        f"The file was taken for {part.kind}, but {found}",
-        f"a complete {part.kind} of {part.generation}.",
-        "choose or download the file again in 'Load Text Encoders (FLUX)'.",
+    spec = fitting[0]
+    shape = LanguageModelShape(
+        architecture=spec.architecture,
+        hidden=spec.hidden,
+        layers=max(spec.layers),
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        ffn=spec.ffn,
+        vocabulary=vocabulary,
+        theta=spec.theta,
+        norm_eps=spec.norm_eps,
     )
+    key_map = _layers_map(shapes, prefix, shape.layers)
+    check_shapes(file.path.name, key_map, shapes, shape.shapes(), spec.title)
+    depth = sum(
+        key.startswith(prefix + "layers.") and key.endswith(".input_layernorm.weight")
+        for key in shapes
+    )
+    return LanguageModelKeys(spec, shape, EncoderKeys(spec.title, key_map), depth)
 
 
-def _part(kind: Kind, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Part:
-    """Collect the keys of the encoder behind a prefix."""
-    pattern = _CLIP_NAME if kind == "CLIP-L" else _T5_NAME
+def _check_count(count: int, what: str) -> None:
+    if count > _MOST_ENCODERS:
+        raise CheckpointError(f"The file holds {count:,} {what}.", "one or two of them.", CHOOSE)
+
+
+def _encoder(title: Literal["CLIP-L", "T5"], prefix: str, shapes: Shapes) -> EncoderKeys:
+    """Collects the keys of the encoder with a prefix."""
+    pattern = _CLIP_NAME if title == "CLIP-L" else _T5_NAME
     keys = {
         key[len(prefix) :]: key
         for key in shapes
@@ -189,58 +241,77 @@ def _part(kind: Kind, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Par
         and pattern.match(key, len(prefix))
         and not _KNOWN_EXTRAS.fullmatch(key[len(prefix) :])
     }
-    if kind == "T5":
+    if title == "T5":
         # One table under one of two names, or under both.
         shared = prefix.removesuffix("encoder.") + "shared.weight"
         if shared in shapes:
-            keys["embed_tokens.weight"] = shared
-    return Part(kind, prefix, keys, _other_model(kind, keys, shapes))
+            keys[_TABLE] = shared
+    return EncoderKeys(title, _renaming(prefix, keys), _other_encoder(title, keys, shapes))
 
 
-def _other_model(
-    kind: Kind, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
-) -> str | None:
-    """Name the model when it is built like the wanted one but is not it."""
-    if kind == "CLIP-L":
-        return _OTHER_CLIPS.get(_width(shapes[keys[_CLIP_MARK]]))
+def _layers_map(shapes: Shapes, prefix: str, layers: int) -> KeyMap:
+    """Maps the table and the layers that are run; what else the model has is not loaded."""
+    numbers = {str(number) for number in range(layers)}
+    keys: dict[str, str] = {_TABLE: prefix + _TABLE}
+    for key in shapes:
+        if not key.startswith(prefix):
+            continue
+        name = key[len(prefix) :]
+        is_layer = name.startswith("layers.") and name.split(".", 2)[1] in numbers
+        if is_layer and not _KNOWN_EXTRAS.fullmatch(name):
+            keys[name] = key
+    return _renaming(prefix, keys)
+
+
+def _renaming(prefix: str, keys: Mapping[str, str]) -> KeyMap:
+    """Builds the key map that only renames; what else is in the file is judged elsewhere."""
+    return KeyMap(
+        layout="transformers",
+        prefix=prefix,
+        rules={name: KeyRule((key,)) for name, key in keys.items()},
+        names=lambda name: (prefix + name,),
+        unused=(),
+        others=0,
+    )
+
+
+def _other_encoder(title: str, keys: Mapping[str, str], shapes: Shapes) -> str | None:
+    """Returns the name of a model that is built like the wanted one but is not it."""
+    mark = _CLIP_MARK if title == "CLIP-L" else _T5_MARK
+    width = (shapes[keys[mark]] or (0,))[-1]
+    if title == "CLIP-L":
+        return _OTHER_CLIPS.get(width)
     if "block.1.layer.0.SelfAttention.relative_attention_bias.weight" in keys:
         return "UMT5"
     if "block.0.layer.1.DenseReluDense.wi.weight" in keys:
         return "T5 of the first version (not v1.1)"
-    return _OTHER_T5S.get(_width(shapes[keys[_T5_MARK]]))
+    return _OTHER_T5S.get(width)
 
 
-def _width(shape: tuple[int, ...]) -> int:
-    return shape[-1] if shape else 0
+def _other_language_model(shapes: Shapes, prefix: str) -> str | None:
+    """Returns the name of a model that is built like a wanted one but is not it."""
+    for key, name in _OTHER_MODELS:
+        if prefix + key in shapes:
+            return name
+    return "Qwen3-VL" if any("deepstack_merger" in key for key in shapes) else None
 
 
-def _count_layers(part: Part, pattern: str) -> int:
-    """Count layers from the largest number, without trusting it."""
-    numbers = [found[1] for name in part.keys if (found := re.match(pattern, name))]
-    longest = max(map(len, numbers), default=0)
-    count = max(map(int, numbers), default=-1) + 1 if longest < 6 else MOST_BLOCKS + 1
-    if count > MOST_BLOCKS:
-        raise CheckpointError(
-            f"The file was taken for {part.kind}, but it numbers more than {MOST_BLOCKS} layers.",
-            f"a complete {part.kind} of {part.generation}.",
-            "choose or download the file again in 'Load Text Encoders (FLUX)'.",
-        )
-    return count
+def _of_custom_size(
+    kin: LanguageModelSpec, shapes: Shapes, prefix: str, hidden: int
+) -> LanguageModelSpec:
+    """Takes a model of a size that nobody published for an experiment with a published one."""
 
+    def rows(name: str, usual: int) -> int:
+        shape = shapes.get(f"{prefix}layers.0.{name}.weight", ())
+        return shape[0] if len(shape) == 2 else usual
 
-def _matrix(part: Part, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Give the sides of a matrix the shape is read from."""
-    key = part.keys.get(name)
-    shape = shapes[key] if key is not None else None
-    if shape is None or len(shape) != 2 or min(shape) < 1:
-        raise CheckpointError(
-            f"The file was taken for {part.kind}, but its '{name}' is "
-            + ("missing." if shape is None else f"{_sides(shape) or 'a single number'}."),
-            f"a complete {part.kind} of {part.generation}.",
-            "choose or download the file again in 'Load Text Encoders (FLUX)'.",
-        )
-    return shape[0], shape[1]
-
-
-def _sides(shape: tuple[int, ...]) -> str:
-    return shorten(" by ".join(map(str, shape)))
+    queries, keys = (rows(f"self_attn.{one}_proj", 0) // kin.head_dim for one in "qk")
+    heads = (queries, keys) if keys and queries % keys == 0 else (kin.heads, kin.kv_heads)
+    return replace(
+        kin,
+        title=f"{kin.title} in a custom size ({hidden} wide)",
+        hidden=hidden,
+        ffn=rows("mlp.gate_proj", kin.ffn),
+        heads=heads[0],
+        kv_heads=heads[1],
+    )

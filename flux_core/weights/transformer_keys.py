@@ -1,4 +1,4 @@
-"""The transformers' published (BFL) names and diffusers' names, for both generations of FLUX.
+"""Key map of the transformers: published (BFL) and diffusers' names, both generations of FLUX.
 
 diffusers splits what BFL fuses (qkv, and in FLUX.1 qkv with the mlp in single blocks) and holds
 the halves of the last modulation the other way round.
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import Layout, Recipe, Shapes, count_numbers, find_prefix, lay_out
+from ..types import Shapes
+from .key_map import KeyMap, KeyRule, count_numbers, find_prefix, map_keys, swap_halves
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.")
 # What FLUX.2 has in every layout and FLUX.1 in none: one modulation for all blocks of a kind.
@@ -102,8 +103,8 @@ _DOUBLE_NORMS = {
 _SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
 
 
-def transformer_layout(keys: Iterable[str]) -> Layout | None:
-    """Sort out the keys of a file; None when they are not laid out like FLUX.
+def transformer_key_map(keys: Iterable[str]) -> KeyMap | None:
+    """Maps the keys of a file to ours; None when they are not laid out like FLUX.
 
     Raises:
         CheckpointError: a block is missing between others.
@@ -111,24 +112,24 @@ def transformer_layout(keys: Iterable[str]) -> Layout | None:
     keys = dict.fromkeys(keys)  # in the file's order
     prefix = find_prefix(keys, PREFIXES, ("double_blocks.", "single_blocks."))
     if prefix is not None:
-        return lay_out("BFL", prefix, keys, _published_recipes(keys, prefix))
+        return map_keys("BFL", prefix, keys, _published_rules(keys, prefix))
     prefix = find_prefix(keys, PREFIXES, ("single_transformer_blocks.",))
     if prefix is None:
         return None
     double = count_numbers(keys, prefix + "transformer_blocks.")
     single = count_numbers(keys, prefix + "single_transformer_blocks.")
-    recipes = {
-        ours: Recipe(
+    rules = {
+        ours: KeyRule(
             tuple(prefix + part for part in theirs),
             "swap halves" if ours.startswith(FINAL_MODULATION) else "none",
         )
         for ours, theirs in _tensor_names(_generation(keys, prefix), double, single)
     }
-    return lay_out("diffusers", prefix, keys, recipes, lambda key: _parts(recipes, key))
+    return map_keys("diffusers", prefix, keys, rules, lambda key: _sources(rules, key))
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename, split and swap our tensors into diffusers' layout; the inverse of the layout.
+    """Renames, splits and swaps our tensors into diffusers' layout; the inverse of the key map.
 
     Args:
         state: published names without a prefix, all tensors of one transformer.
@@ -137,22 +138,13 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, rows in diffusers_rows({key: tuple(tensor.shape) for key, tensor in state.items()}):
         tensor = state[name]
         if name.startswith(FINAL_MODULATION):
-            tensor = torch.cat(tensor.chunk(2)[::-1])
+            tensor = swap_halves(tensor)
         theirs.update(zip(rows, torch.split(tensor, list(rows.values())), strict=True))
     return theirs
 
 
-def diffusers_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Tell the shapes of what `to_diffusers` gives for tensors of these shapes."""
-    return {
-        part: (count, *shapes[name][1:])
-        for name, rows in diffusers_rows(shapes)
-        for part, count in rows.items()
-    }
-
-
 def diffusers_rows(shapes: Shapes) -> Iterator[tuple[str, dict[str, int]]]:
-    """Yield each of our tensors with the rows that diffusers' tensors have of it."""
+    """Yields each of our tensors with the rows that diffusers' tensors have of it."""
     hidden = shapes["img_in.weight"][0]
     double = count_numbers(shapes, "double_blocks.")
     single = count_numbers(shapes, "single_blocks.")
@@ -167,26 +159,26 @@ def _generation(keys: Iterable[str], prefix: str) -> _Generation:
     return _FLUX2 if any(key.startswith(marks) for key in keys) else _FLUX1
 
 
-def _parts(recipes: Mapping[str, Recipe], key: str) -> tuple[str, ...]:
-    return recipes[key].parts if key in recipes else (key,)
+def _sources(rules: Mapping[str, KeyRule], key: str) -> tuple[str, ...]:
+    return rules[key].sources if key in rules else (key,)
 
 
-def _published_recipes(keys: Iterable[str], prefix: str) -> dict[str, Recipe]:
-    """Strip the prefix; ComfyUI's newer saves call the norms' `scale` `weight`."""
-    recipes: dict[str, Recipe] = {}
+def _published_rules(keys: Iterable[str], prefix: str) -> dict[str, KeyRule]:
+    """Strips the prefix; ComfyUI's newer saves call the norms' `scale` `weight`."""
+    rules: dict[str, KeyRule] = {}
     for key in keys:
         if key.startswith(prefix):
             ours = key[len(prefix) :]
             if ours.endswith(("query_norm.weight", "key_norm.weight")):
                 ours = ours.removesuffix("weight") + "scale"
-            recipes.setdefault(ours, Recipe((key,)))
-    return recipes
+            rules.setdefault(ours, KeyRule((key,)))
+    return rules
 
 
 def _tensor_names(
     names: _Generation, double: int, single: int
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield (our tensor, diffusers' tensors it is made of) for all of a model."""
+    """Yields (our tensor, diffusers' tensors it is made of) for all of a model."""
     for ours, theirs in _module_names(names, double, single):
         for kind in names.kinds:
             yield f"{ours}.{kind}", tuple(f"{part}.{kind}" for part in theirs)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from ...flux_core.weights.lora_parts import LoraPart
+    from ...flux_core.weights.lora import LoraPart
 
 # ComfyUI's classic patcher, to build on. Models are wrapped by `wrap`, which asks ComfyUI's choice.
 Patcher = comfy.model_patcher.ModelPatcher
@@ -70,7 +70,7 @@ def quantised_layers(module: nn.Module) -> dict[str, Any]:
 
 def _patch(part: "LoraPart") -> Any:
     """A change as ComfyUI's own adapters."""
-    from ...flux_core.weights.lora_parts import Kronecker, LowRank
+    from ...flux_core.weights.lora import Kronecker, LowRank
 
     change = part.change
     if isinstance(change, LowRank):

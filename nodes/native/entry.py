@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ...flux_core.checks import check_finite
-from ...flux_core.errors import SettingError, ShapeError
+from ...flux_core.errors import SettingError, ShapeError, shorten
 from ...flux_core.values import MAX_GUIDANCE
-from ...flux_core.weights.names import shorten
 
 Settings = dict[object, Any]  # what stands beside the text; any key may hold anything
 

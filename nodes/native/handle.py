@@ -16,8 +16,7 @@ from ..runtime.reference_cache import ReferenceKV, choose
 from .lora import native_with_changes
 
 if TYPE_CHECKING:
-    from ...flux_core.weights.lora import Lora
-    from ...flux_core.weights.lora_parts import LoraPart
+    from ...flux_core.weights.lora import Lora, LoraPart
 
 AnyModel: TypeAlias = ModelHandle | Any  # the other is ComfyUI's ModelPatcher
 

@@ -15,7 +15,7 @@ from ...flux_core.errors import SettingError
 from .. import host
 
 if TYPE_CHECKING:
-    from ...flux_core.weights.lora_parts import LoraPart
+    from ...flux_core.weights.lora import LoraPart
 
 _PREFIX = "diffusion_model."
 _INPUT = "img_in.weight"

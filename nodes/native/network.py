@@ -20,7 +20,7 @@ from ...flux_core.tokens.native import NativePlaces
 from ...flux_core.tokens.pack import pack_latent, unpack_tokens
 from ...flux_core.types import TokenValues
 from ...flux_core.values import Conditioning, Tokens
-from ...flux_core.weights.choose import choose_family
+from ...flux_core.weights.detect import detect_family
 from .lora import larger_weights
 from .model import WATCH, PlaceReferences, native_network
 from .skipped import check_skipped, merged_wrappers
@@ -40,9 +40,9 @@ class NativeNetwork:
         self.patcher = patcher
         self._network = network = native_network(patcher)
         self.spec = _spec(network.params, network)
-        self.family, known = choose_family(self.spec, _file(patcher), {}, None)
-        self.report = f"{self.family.title} in ComfyUI's own network ({known.why})"
-        self.is_guess = known.guessed
+        detected = detect_family(self.spec, _file(patcher), {}, None)
+        self.family, self.is_guess = detected.family, detected.guessed
+        self.report = f"{self.family.title} in ComfyUI's own network ({detected.known_by})"
 
     @property
     def dtype(self) -> torch.dtype:

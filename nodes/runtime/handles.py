@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ...flux_core.image.autoencoder import Autoencoder
     from ...flux_core.text.encoders import PromptEncoder
     from ...flux_core.transformer.flux import Flux
-    from ...flux_core.weights.lora_parts import LoraPart
+    from ...flux_core.weights.lora import LoraPart
 
 
 _OVERFLOW = "float16 overflows: set [autoencoder dtype] to bfloat16 or float32."

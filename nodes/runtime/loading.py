@@ -20,7 +20,7 @@ from ..native.handle import AnyModel, NativeModelHandle, as_model
 from .handles import AutoencoderHandle, ModelHandle, TextEncodersHandle
 
 if TYPE_CHECKING:
-    from ...flux_core.weights.files import Checkpoint
+    from ...flux_core.weights.checkpoint import Checkpoint
 
 AS_STORED = "as stored"
 _Handle = TypeVar("_Handle", bound=ModelHandle | TextEncodersHandle | AutoencoderHandle)
@@ -50,7 +50,7 @@ def load_model(path: Path, family: str, dtype: str, weights: str = AS_STORED) ->
             dtype=chosen,
             device=host.model_devices()[1],
             operations=host.operations(),
-            stored_operations=host.stored_operations(chosen) if weights == AS_STORED else None,
+            quantised_operations=host.stored_operations(chosen) if weights == AS_STORED else None,
         )
         return ModelHandle(network, str(report), chosen)
 
@@ -95,8 +95,8 @@ def load_text_encoders(
 
     `text` says how long its text is, where the files do not: those of the embedded models.
     """
-    from ...flux_core.weights import text_encoders as weights
-    from ...flux_core.weights.text_files import open_text
+    from ...flux_core.weights import load_text as weights
+    from ...flux_core.weights.load_text import open_text
 
     def load() -> TextEncodersHandle:
         encoders = weights.load_text_encoders(
@@ -173,9 +173,9 @@ def parameters_of(
     files: Sequence[Path], open_file: "Callable[[Path], Checkpoint] | None" = None
 ) -> int:
     """Count the numbers in model files from their headers; those of transformers by default."""
-    from ...flux_core.weights.quantised_layers import open_plain
+    from ...flux_core.weights.quantised import open_dequantised
 
-    opened = map(open_file or open_plain, files)
+    opened = map(open_file or open_dequantised, files)
     return sum(math.prod(shape) for one in opened for shape in one.shapes.values())
 
 
@@ -185,7 +185,7 @@ def identity(files: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
     Raises:
         CheckpointError: one is missing, or is no model file.
     """
-    from ...flux_core.weights.files import open_checkpoint
+    from ...flux_core.weights.checkpoint import open_checkpoint
 
     parts = [part.resolve() for path in files for part in open_checkpoint(path).files]
     return tuple((str(part), part.stat().st_size, part.stat().st_mtime_ns) for part in parts)

@@ -11,7 +11,7 @@ import torch
 from .. import host
 
 if TYPE_CHECKING:
-    from ...flux_core.weights.lora_parts import LoraPart
+    from ...flux_core.weights.lora import LoraPart
 
 # Bytes for each number while it is made: its place in nvfp4's table, and a change of it with the
 # number itself in float32.
@@ -24,7 +24,7 @@ def changed_at_use(patcher: Any, parts: Sequence["LoraPart"]) -> Any:
     ComfyUI would quantise a changed weight again. So the changes of such weights are added
     whenever they are used, and taken off when another clone is loaded.
     """
-    from ...flux_core.weights.lora_parts import AddedAtUse
+    from ...flux_core.weights.lora import AddedAtUse
 
     quantised = host.quantised_layers(patcher.model)
     rest: list[LoraPart] = []

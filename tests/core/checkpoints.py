@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from glassbox.flux_core.families import (
     FLUX2_KLEIN_4B,
 )
 from glassbox.flux_core.image.autoencoder import Autoencoder
-from glassbox.flux_core.specs import AutoencoderSpec
+from glassbox.flux_core.specs import AutoencoderSpec, FluxFamily, TransformerSpec
 from glassbox.flux_core.transformer.flux import build_flux
 
 TINY_FLUX1 = replace(
@@ -58,18 +59,33 @@ def randomise(*modules: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 def flux1_state(*, guidance: bool = True, seed: int = 0) -> dict[str, Tensor]:
     family = FLUX1_DEV if guidance else FLUX1_SCHNELL
-    network = build_flux(family, TINY_FLUX1 if guidance else TINY_SCHNELL)
-    return randomise(network.modulation, network.blocks, seed=seed)
+    return _copied(_transformer_state(family, TINY_FLUX1 if guidance else TINY_SCHNELL, seed))
 
 
 def flux2_state(*, guidance: bool = True, seed: int = 0) -> dict[str, Tensor]:
     family = FLUX2_DEV if guidance else FLUX2_KLEIN_4B
-    network = build_flux(family, TINY_FLUX2 if guidance else TINY_KLEIN)
-    return randomise(network.modulation, network.blocks, seed=seed)
+    return _copied(_transformer_state(family, TINY_FLUX2 if guidance else TINY_KLEIN, seed))
 
 
 def autoencoder_state(spec: AutoencoderSpec = TINY_AUTOENCODER) -> dict[str, Tensor]:
-    return randomise(Autoencoder(spec))
+    return _copied(_autoencoder_state(spec))
+
+
+# Made once, without PyTorch's own first values, which take longer than most tests.
+@cache
+def _transformer_state(family: FluxFamily, spec: TransformerSpec, seed: int) -> dict[str, Tensor]:
+    network = build_flux(family, spec, device="meta")
+    halves = (network.modulation.to_empty(device="cpu"), network.blocks.to_empty(device="cpu"))
+    return randomise(*halves, seed=seed)
+
+
+@cache
+def _autoencoder_state(spec: AutoencoderSpec) -> dict[str, Tensor]:
+    return randomise(Autoencoder(spec, device="meta").to_empty(device="cpu"))
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in state.items()}
 
 
 def write(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:

@@ -22,8 +22,12 @@ from glassbox.flux_core.families import (
 from glassbox.flux_core.image.autoencoder import Autoencoder
 from glassbox.flux_core.specs import AutoencoderSpec, FluxFamily
 from glassbox.flux_core.transformer.flux import build_flux
-from glassbox.flux_core.weights.check import shapes_of
-from glassbox.flux_core.weights.detect import spec_of_autoencoder, spec_of_flux
+from glassbox.flux_core.weights.detect import (
+    DetectedAutoencoder,
+    detect_autoencoder,
+    detect_transformer,
+)
+from glassbox.flux_core.weights.key_map import shapes_of
 
 D = 3072
 # Weights of one layer, rows x columns; every layer has a bias of as many rows as well.
@@ -165,7 +169,7 @@ def test_sampling_needs_at_most_74_percent_of_the_checkpoint(family: FluxFamily)
     ids=lambda one: one.name,
 )
 def test_the_sizes_of_a_transformer_are_read_back_from_its_shapes(family: FluxFamily) -> None:
-    assert spec_of_flux(listed(family)) == family.transformer
+    assert detect_transformer(listed(family)) == family.transformer
 
 
 def test_the_autoencoder_has_the_published_tensors() -> None:
@@ -191,8 +195,8 @@ def test_the_autoencoder_has_the_published_tensors() -> None:
         "decoder.norm_out.weight": (128,),
         "decoder.conv_out.weight": (3, 128, 3, 3),
     }.items() <= shapes.items()
-    spec, known = spec_of_autoencoder(shapes, {})
-    assert (spec, known.guessed) == (FLUX1_AUTOENCODER, True)
+    detected = detect_autoencoder(shapes, {})
+    assert (detected.spec, detected.guessed) == (FLUX1_AUTOENCODER, True)
 
 
 # Lines of every kind from FLUX.2's published list that FLUX.1's has not.
@@ -248,5 +252,5 @@ def test_flux2s_autoencoder_has_the_published_tensors(
         assert sum(map(math.prod, shapes.values())) == parameters
     encoder = {key for key in flux1 if key.startswith("encoder.") and "conv_out" not in key}
     assert all(shapes[key] == flux1[key] for key in encoder)
-    found, known = spec_of_autoencoder(shapes, {})
-    assert (found, known.guessed, known.why) == (spec, False, "known by its shape")
+    detected = detect_autoencoder(shapes, {})
+    assert detected == DetectedAutoencoder(spec, False, "known by its shape")

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from glassbox.flux_core.transformer.flux import Flux
-from glassbox.flux_core.weights.layout import Layout
-from glassbox.flux_core.weights.lora import Lora, load_lora
-from glassbox.flux_core.weights.lora_parts import merge_lora
+from glassbox.flux_core.weights.lora import Lora, load_lora, merge_lora
 from glassbox.flux_core.weights.lora_strengths import parse_strengths
-from glassbox.flux_core.weights.transformer_keys import to_diffusers, transformer_layout
+from glassbox.flux_core.weights.transformer_keys import to_diffusers, transformer_key_map
 from glassbox.tests.core import loras
 from glassbox.tests.core.loras import GENERATIONS, Maker
 
@@ -105,11 +103,11 @@ def test_split_layers_land_on_the_rows_they_are_of_with_alpha_from_the_header(
 
 
 def published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    layout: Layout | None = transformer_layout(state)
-    assert layout is not None
+    key_map = transformer_key_map(state)
+    assert key_map is not None
     return {
-        key: recipe.make([state[part] for part in recipe.parts])
-        for key, recipe in layout.recipes.items()
+        key: rule.apply([state[part] for part in rule.sources])
+        for key, rule in key_map.rules.items()
     }
 
 

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from glassbox.flux_core.errors import CheckpointError, FamilyMismatchError
 from glassbox.flux_core.families import LANGUAGE_MODELS, QWEN3_4B
-from glassbox.flux_core.weights.files import open_checkpoint
-from glassbox.flux_core.weights.text_language_keys import LanguageModelPart, language_model_part
+from glassbox.flux_core.weights.checkpoint import open_checkpoint
+from glassbox.flux_core.weights.text_keys import LanguageModelKeys, language_model_keys
 from glassbox.tests.graph import tiny, tiny_flux2
 
 WIDTH = tiny_flux2.WIDTH
 
 
-def part(folder: Path, state: dict[str, Tensor]) -> LanguageModelPart:
+def part(folder: Path, state: dict[str, Tensor]) -> LanguageModelKeys:
     path = tiny.save(state, folder / "own.safetensors")
-    return language_model_part(open_checkpoint(path), "model.", LANGUAGE_MODELS)
+    return language_model_keys(open_checkpoint(path), "model.", LANGUAGE_MODELS)
 
 
 def test_its_sizes_are_read_from_the_file_and_the_rest_is_its_kins(tmp_path: Path) -> None:
@@ -42,4 +42,4 @@ def test_where_one_model_is_wanted_no_other_size_will_do(tmp_path: Path) -> None
     path = tmp_path / "own.safetensors"
     tiny.save(tiny_flux2.language_state(QWEN3_4B, 300, seed=1), path)
     with pytest.raises(FamilyMismatchError, match=f"a model {WIDTH} wide"):
-        language_model_part(open_checkpoint(path), "model.", (QWEN3_4B,))
+        language_model_keys(open_checkpoint(path), "model.", (QWEN3_4B,))

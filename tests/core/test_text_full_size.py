@@ -13,11 +13,11 @@ from torch import Tensor
 
 from glassbox.flux_core.families import MISTRAL_SMALL_3, QWEN3_4B, QWEN3_8B
 from glassbox.flux_core.specs import LanguageModelSpec
-from glassbox.flux_core.text.modules import T5_XXL, Shapes
-from glassbox.flux_core.weights import gguf_text, text_language
-from glassbox.flux_core.weights.files import Checkpoint
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
-from glassbox.flux_core.weights.text_files import open_text
+from glassbox.flux_core.text.modules import T5_XXL
+from glassbox.flux_core.types import Shapes
+from glassbox.flux_core.weights import gguf_text, load_text
+from glassbox.flux_core.weights.checkpoint import Checkpoint
+from glassbox.flux_core.weights.load_text import load_text_encoders, open_text
 from glassbox.tests.core.quantised_files import text
 from glassbox.tests.core.test_weights_gguf import Kind
 from glassbox.tests.core.text_gguf_files import ARCHITECTURES, listed, numbered, said
@@ -67,7 +67,7 @@ def test_gguf_files_as_they_are_published(
     assert found.shapes == shapes
     assert gguf_text.is_interleaved(found) == (architecture == "llama")
     tokenizer = samples.write_qwen_tokenizer(tmp_path / "qwen")
-    monkeypatch.setattr(text_language, "load_gguf_tokenizer", lambda _: None)
+    monkeypatch.setattr(load_text, "load_gguf_tokenizer", lambda _: None)
     encoder = load_text_encoders([file], qwen_tokenizer=tokenizer, dtype=torch.bfloat16)
     assert encoder.text == spec
     read = [name for name in encoder.modules[0].state_dict() if "norm" not in name]

@@ -15,7 +15,7 @@ from glassbox.flux_core.text.modules import T5Spec
 from glassbox.flux_core.text.tekken import read_tekken
 from glassbox.flux_core.text.tokenizers import ChatTokenizer
 from glassbox.flux_core.weights.gguf_text import in_halves
-from glassbox.flux_core.weights.text_files import open_text
+from glassbox.flux_core.weights.load_text import open_text
 from glassbox.tests.core.checkpoints import write
 from glassbox.tests.core.quantised_files import State
 from glassbox.tests.core.text_gguf_files import (

@@ -8,7 +8,7 @@ import pytest
 
 from glassbox.flux_core.errors import CheckpointError, FamilyMismatchError, GlassboxError
 from glassbox.flux_core.weights.load import load_flux
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
+from glassbox.flux_core.weights.load_text import load_text_encoders
 from glassbox.tests.core.text_gguf_files import (
     CONTROL,
     WORD,
@@ -38,7 +38,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
         ("qwen2vl", "Qwen2.5-VL"),
         ("qwen3vl", "Qwen3-VL"),
         ("qwen3moe", "a mixture of experts"),
-        ("clip", r"the picture half \(mmproj\)"),
+        ("clip", r"the image half \(mmproj\)"),
         ("falcon", "'falcon' by its own words"),
         ("", "'' by its own words"),
     ],
@@ -56,18 +56,18 @@ def test_another_architecture_is_named(
         CheckpointError, match=r"a\.gguf is a text encoder or language model"
     ) as wrong:
         load_flux(file)
-    assert "'Load Text Encoders (FLUX)'" in wrong.value.fix
+    assert wrong.value.settings == ("text encoder loader",)
 
 
 def test_the_picture_half_of_a_language_model_is_named(kit: Kit, tmp_path: Path) -> None:
     entries = dict.fromkeys(("v.blk.0.attn_q.weight", "mm.0.weight", "v.patch_embd.weight"), EMPTY)
     file = gguf_file(tmp_path / "mmproj.gguf", entries, said("general.architecture", "clip"))
     clip = text_samples.save(kit.clip, tmp_path / "clip.safetensors")
-    with pytest.raises(FamilyMismatchError, match=r"the picture half \(mmproj\)"):
+    with pytest.raises(FamilyMismatchError, match=r"the image half \(mmproj\)"):
         kit.load(file, clip)
 
 
-def test_a_mistral_with_stretched_places_is_another_model(
+def test_a_mistral_with_stretched_positions_is_another_model(
     mistral: LanguageKit, tmp_path: Path
 ) -> None:
     stretched = said("mistral3.rope.scaling.type", "yarn")
@@ -79,9 +79,9 @@ def test_a_mistral_with_stretched_places_is_another_model(
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"blk.1.ssm_a.weight": EMPTY}, r"do not belong to it, first 'model\.layers\.1\.ssm_a"),
-        ({"blk.1.attn_k.weight": None}, r"missing, first 'layers\.1\.self_attn\.k_proj"),
-        ({"blk.1.attn_k.weight": (0, (4, 32), bytes(512))}, "is 4 by 32, not 16 by 32"),
+        ({"blk.1.ssm_a.weight": EMPTY}, r"1 is not known \(model\.layers\.1\.ssm_a"),
+        ({"blk.1.attn_k.weight": None}, r"1 is missing \(model\.layers\.1\.self_attn\.k_proj"),
+        ({"blk.1.attn_k.weight": (0, (4, 32), bytes(512))}, "is 4x32 and not 16x32"),
         ({"model.embed_tokens.weight": EMPTY}, "has two names for one tensor"),
         ({"token_embd.weight": None}, "'qwen3', and holds no 'token_embd"),
         ({"blk.0.attn_q.bias": EMPTY}, r"Qwen2\.5"),
@@ -95,9 +95,8 @@ def test_names_and_shapes_that_do_not_fit_are_named_before_a_weight_is_read(
     entries: dict[str, object] = {**entries_of(state, "qwen3", "Q8_0")[0], **change}
     kept = {key: one for key, one in entries.items() if isinstance(one, tuple)}
     file = gguf_file(tmp_path / "a.gguf", kept, said("general.architecture", "qwen3"))
-    with pytest.raises(GlassboxError, match=match) as caught:
+    with pytest.raises(GlassboxError, match=match):
         qwen.load(file)
-    assert "'Load Text Encoders (FLUX)'" in str(caught.value) or "loader" in caught.value.fix
 
 
 def test_the_first_t5_is_named(kit: Kit, tmp_path: Path) -> None:
@@ -164,14 +163,3 @@ def test_a_download_that_stopped_anywhere_is_refused(mistral: LanguageKit, tmp_p
         file.write_bytes(whole[: len(whole) * share // 20])
         with pytest.raises(CheckpointError, match="cut short"):
             load_text_encoders([file])
-
-
-def test_a_vocabulary_as_large_as_a_file_may_state_is_not_held_in_memory(
-    mistral: LanguageKit, tmp_path: Path
-) -> None:
-    words = ["x" * 900_000] * 80
-    file, _ = language_file(
-        mistral, "llama", "F32", tmp_path / "a.gguf", *tokenizer(words, [1] * 80)
-    )
-    with pytest.raises(CheckpointError, match=r"'tokenizer\.ggml\.tokens' is 72,000,640 bytes"):
-        mistral.load(file)

@@ -18,8 +18,8 @@ from glassbox.flux_core.families import (
 )
 from glassbox.flux_core.specs import LanguageModelSpec
 from glassbox.flux_core.text.encoders import LanguageModelEncoder
-from glassbox.flux_core.weights.files import Checkpoint
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
+from glassbox.flux_core.weights.checkpoint import Checkpoint
+from glassbox.flux_core.weights.load_text import load_text_encoders
 from glassbox.tests.core.quantised_files import as_bytes
 from glassbox.tests.parity import text_language_samples as samples
 from glassbox.tests.parity.text_language_samples import LanguageKit

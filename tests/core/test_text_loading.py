@@ -15,8 +15,9 @@ from glassbox.flux_core.errors import (
 )
 from glassbox.flux_core.specs import ClipT5Spec
 from glassbox.flux_core.text.encoders import TextEncoders
-from glassbox.flux_core.text.modules import CLIP_L, T5_XXL, Shapes
-from glassbox.flux_core.weights.files import Checkpoint
+from glassbox.flux_core.text.modules import CLIP_L, T5_XXL
+from glassbox.flux_core.types import Shapes
+from glassbox.flux_core.weights.checkpoint import Checkpoint
 from glassbox.tests.core.quantised_files import as_bytes
 from glassbox.tests.parity import text_samples as samples
 from glassbox.tests.parity.text_samples import Kit, State

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glassbox.flux_core.errors import CheckpointError
 from glassbox.flux_core.text.encoders import LanguageModelEncoder
-from glassbox.flux_core.weights.text_files import open_text
+from glassbox.flux_core.weights.load_text import open_text
 from glassbox.tests.core.checkpoints import write
 from glassbox.tests.core.quantised_files import State, as_bytes, nvfp4, scaled_float8
 from glassbox.tests.parity import text_language_samples as samples

@@ -20,7 +20,7 @@ from glassbox.flux_core.families import (
     NANO_KONTEXT,
 )
 from glassbox.flux_core.specs import FluxFamily, TransformerSpec
-from glassbox.flux_core.weights.choose import choose_family, differences
+from glassbox.flux_core.weights.detect import DetectedFamily, describe_size, detect_family
 from glassbox.tests.core.checkpoints import TINY_FLUX1, TINY_FLUX2, TINY_KLEIN, TINY_SCHNELL
 
 FULL, UNGUIDED = FLUX1_DEV.transformer, FLUX1_SCHNELL.transformer
@@ -30,10 +30,10 @@ DEV2, KLEIN_9B, KLEIN_4B = (
 
 
 def test_a_size_that_no_family_has_is_said() -> None:
-    assert differences(TINY_FLUX1, FLUX1_DEV) == (
+    assert describe_size(TINY_FLUX1, FLUX1_DEV) == (
         "a custom size: width 128, 2 + 3 blocks, text 48 wide"
     )
-    assert differences(FULL, FLUX1_DEV) == ""
+    assert describe_size(FULL, FLUX1_DEV) == ""
 
 
 @pytest.mark.parametrize(
@@ -90,16 +90,16 @@ def test_a_size_that_no_family_has_is_said() -> None:
 def test_a_family_is_known_by_shape_or_guessed_from_the_name(
     spec: TransformerSpec, path: str, family: object, guessed: bool
 ) -> None:
-    chosen, known = choose_family(spec, Path("models") / path, {}, None)
-    assert (chosen, known.guessed) == (family, guessed)
-    assert ("guessed" in known.why) == guessed
+    detected = detect_family(spec, Path("models") / path, {}, None)
+    assert (detected.family, detected.guessed) == (family, guessed)
+    assert ("guessed" in detected.known_by) == guessed
 
 
 def test_what_the_user_or_the_file_says_goes_before_the_name() -> None:
     path = Path("flux1-kontext-dev.safetensors")
-    assert choose_family(FULL, path, {}, FLUX1_DEV)[0] == FLUX1_DEV
-    chosen, known = choose_family(FULL, path, {"glassbox_family": "flux1-krea"}, None)
-    assert (chosen, known.why, known.guessed) == (FLUX1_KREA, "named in the file", False)
+    assert detect_family(FULL, path, {}, FLUX1_DEV).family == FLUX1_DEV
+    detected = detect_family(FULL, path, {"glassbox_family": "flux1-krea"}, None)
+    assert detected == DetectedFamily(FLUX1_KREA, False, "named in the file")
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_a_family_that_the_keys_contradict_is_refused(
     spec: TransformerSpec, asked: object, said: str
 ) -> None:
     with pytest.raises(FamilyMismatchError, match=said) as caught:
-        choose_family(spec, Path("a.safetensors"), {}, asked)
-    assert caught.value.fix[0].islower()
+        detect_family(spec, Path("a.safetensors"), {}, asked)
+    assert caught.value.settings == ("family",)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +160,18 @@ def test_a_family_that_the_keys_contradict_is_refused(
 def test_a_variant_or_a_size_that_no_family_has_is_the_users_choice(
     spec: TransformerSpec, asked: FluxFamily
 ) -> None:
-    chosen, known = choose_family(spec, Path("flux-2-klein-9b.safetensors"), {}, asked)
-    assert (chosen, known.why, known.guessed) == (asked, "chosen by hand", False)
+    detected = detect_family(spec, Path("flux-2-klein-9b.safetensors"), {}, asked)
+    assert detected == DetectedFamily(asked, False, "chosen by hand")
 
 
 def test_a_family_that_the_file_contradicts_is_refused() -> None:
     metadata = {"glassbox_family": "nano-kontext"}
     with pytest.raises(FamilyMismatchError, match="says that it is Glassbox nano"):
-        choose_family(NANO_KONTEXT.transformer, Path("a"), metadata, FLUX1_KONTEXT)
+        detect_family(NANO_KONTEXT.transformer, Path("a"), metadata, FLUX1_KONTEXT)
 
 
 def test_every_family_is_found_by_its_own_hints() -> None:
     for family in FAMILIES.values():
         for hint in family.file_hints:
             path = Path(f"my-{hint}-model.safetensors")
-            assert choose_family(family.transformer, path, {}, None)[0] == family
+            assert detect_family(family.transformer, path, {}, None).family == family

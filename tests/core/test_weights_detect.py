@@ -12,8 +12,8 @@ from glassbox.flux_core.families import (
 )
 from glassbox.flux_core.image.autoencoder import Autoencoder
 from glassbox.flux_core.specs import AutoencoderSpec
-from glassbox.flux_core.weights.check import shapes_of
-from glassbox.flux_core.weights.detect import spec_of_autoencoder, spec_of_flux
+from glassbox.flux_core.weights.detect import detect_autoencoder, detect_transformer
+from glassbox.flux_core.weights.key_map import shapes_of
 from glassbox.flux_core.weights.kinds import (
     AUTOENCODERS,
     PARTS,
@@ -35,10 +35,10 @@ def tiny_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def test_sizes_are_read_from_shapes() -> None:
-    assert spec_of_flux(tiny_shapes()) == TINY_FLUX1
+    assert detect_transformer(tiny_shapes()) == TINY_FLUX1
     for guidance, spec in ((True, TINY_FLUX2), (False, TINY_KLEIN)):
         state = flux2_state(guidance=guidance)
-        assert spec_of_flux({key: tuple(one.shape) for key, one in state.items()}) == spec
+        assert detect_transformer({key: tuple(one.shape) for key, one in state.items()}) == spec
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_sizes_are_read_from_shapes() -> None:
         ("img_in.weight", (128, 384), "FLUX.1 Fill"),
         ("img_in.weight", (128, 128), "Canny or Depth"),
         ("img_in.weight", (96, 64), "96 wide"),
-        ("img_in.weight", (0, 64), "is empty"),
-        ("txt_in.weight", (128, 48, 1), "3 axes"),
+        ("img_in.weight", (0, 64), "is 0x64, which tells no size"),
+        ("txt_in.weight", (128, 48, 1), "is 128x48x1, which is no matrix"),
         ("final_layer.linear.weight", None, "is missing"),
     ],
 )
@@ -59,15 +59,15 @@ def test_what_cannot_be_flux1_is_refused(
     if shape is None:
         del shapes[key]
     with pytest.raises(CheckpointError, match=said):
-        spec_of_flux(shapes)
+        detect_transformer(shapes)
 
 
 def test_flux2_is_not_taken_for_a_tool_of_flux1_by_its_128_channels() -> None:
     state = flux2_state()
     shapes = {key: tuple(one.shape) for key, one in state.items()}
-    assert spec_of_flux(shapes).in_channels == 128
-    with pytest.raises(CheckpointError, match="3 axes"):
-        spec_of_flux(shapes | {"txt_in.weight": (128, 48, 1)})
+    assert detect_transformer(shapes).in_channels == 128
+    with pytest.raises(CheckpointError, match="no matrix"):
+        detect_transformer(shapes | {"txt_in.weight": (128, 48, 1)})
 
 
 @pytest.mark.parametrize(
@@ -81,30 +81,30 @@ def test_flux2_is_not_taken_for_a_tool_of_flux1_by_its_128_channels() -> None:
     ],
 )
 def test_a_known_autoencoder_is_known_by_its_shape(spec: AutoencoderSpec, guessed: bool) -> None:
-    found, known = spec_of_autoencoder(shapes_of(Autoencoder(spec, device="meta")), {})
-    assert (found, known.guessed) == (spec, guessed)
+    detected = detect_autoencoder(shapes_of(Autoencoder(spec, device="meta")), {})
+    assert (detected.spec, detected.guessed) == (spec, guessed)
 
 
 def test_an_autoencoder_of_another_size_is_taken_for_flux1s_unless_the_file_says() -> None:
     spec = replace(NANO_AUTOENCODER, channels=64)
     shapes = shapes_of(Autoencoder(spec, device="meta"))
-    found, known = spec_of_autoencoder(shapes, {"glassbox_family": "nano-kontext"})
-    assert (found, known.why) == (spec, "named in the file")
-    found, known = spec_of_autoencoder(shapes, {})
-    assert (found.latent, found.norm_groups) == (FLUX1_AUTOENCODER.latent, 32)
-    assert known.guessed
+    detected = detect_autoencoder(shapes, {"glassbox_family": "nano-kontext"})
+    assert (detected.spec, detected.known_by) == (spec, "named in the file")
+    detected = detect_autoencoder(shapes, {})
+    assert (detected.spec.latent, detected.spec.norm_groups) == (FLUX1_AUTOENCODER.latent, 32)
+    assert detected.guessed
 
 
 def test_what_makes_flux2s_latents_is_told_from_what_makes_flux1s() -> None:
     shapes = shapes_of(Autoencoder(replace(FLUX2_AUTOENCODER, channels=64), device="meta"))
-    found, known = spec_of_autoencoder(shapes, {})
-    assert (found.latent, found.patch) == (FLUX2_AUTOENCODER.latent, 2)
-    assert known.guessed
-    found, known = spec_of_autoencoder(shapes, {"glassbox_family": "nano-klein"})
-    assert (found.latent, found.norm_groups) == (NANO_FLUX2_AUTOENCODER.latent, 2)
-    assert not known.guessed
+    detected = detect_autoencoder(shapes, {})
+    assert (detected.spec.latent, detected.spec.patch) == (FLUX2_AUTOENCODER.latent, 2)
+    assert detected.guessed
+    detected = detect_autoencoder(shapes, {"glassbox_family": "nano-klein"})
+    assert (detected.spec.latent, detected.spec.norm_groups) == (NANO_FLUX2_AUTOENCODER.latent, 2)
+    assert not detected.guessed
     with pytest.raises(FamilyMismatchError, match=r"nano Kontext, and is built like FLUX\.2's"):
-        spec_of_autoencoder(shapes, {"glassbox_family": "nano-kontext"})
+        detect_autoencoder(shapes, {"glassbox_family": "nano-kontext"})
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_what_cannot_be_flux2s_autoencoder_is_refused(
 ) -> None:
     shapes = shapes_of(Autoencoder(FLUX2_AUTOENCODER, device="meta")) | changes
     with pytest.raises(CheckpointError, match=said):
-        spec_of_autoencoder(shapes, {})
+        detect_autoencoder(shapes, {})
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_what_cannot_be_the_autoencoder_is_refused(
 ) -> None:
     shapes = shapes_of(Autoencoder(FLUX1_AUTOENCODER, device="meta")) | changes
     with pytest.raises(CheckpointError, match=said):
-        spec_of_autoencoder(shapes, {})
+        detect_autoencoder(shapes, {})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glassbox.flux_core.errors import CheckpointError
-from glassbox.flux_core.weights.files import open_checkpoint
+from glassbox.flux_core.weights.checkpoint import open_checkpoint
 from glassbox.tests.core.checkpoints import same, write
 
 
@@ -23,14 +23,14 @@ def some_tensors() -> dict[str, Tensor]:
 
 def write_shards(folder: Path, stem: str = "model", *, index: bool = True) -> dict[str, Tensor]:
     tensors = some_tensors()
-    places: dict[str, str] = {}
+    shards: dict[str, str] = {}
     for number in range(3):
         name = f"{stem}-{number + 1:05d}-of-00003.safetensors"
         part = dict(list(tensors.items())[2 * number : 2 * number + 2])
         write(folder / name, part)
-        places |= dict.fromkeys(part, name)
+        shards |= dict.fromkeys(part, name)
     if index:
-        text = json.dumps({"metadata": {}, "weight_map": places})
+        text = json.dumps({"metadata": {}, "weight_map": shards})
         (folder / f"{stem}.safetensors.index.json").write_text(text)
     return tensors
 
@@ -183,11 +183,11 @@ def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("kept", [0, 5, 8, 40, -1])
-def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("end", [5, 8, 40, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, end: int) -> None:
     file = write(tmp_path / "a.safetensors", some_tensors())
-    file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match="cut short" if kept in (8, 40, -1) else "is (not|e)"):
+    file.write_bytes(file.read_bytes()[:end])
+    with pytest.raises(CheckpointError, match=r"^a\.safetensors is no whole safetensors file"):
         open_checkpoint(file)
 
 
@@ -212,9 +212,9 @@ def test_a_pickled_file_is_never_opened(tmp_path: Path) -> None:
         (b"GGUF\x03\0\0\0" + bytes(64), "holds no tensors"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "Git LFS pointer"),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
-        (b'{"error": "not found"}', "not a safetensors file"),
-        (bytes(range(200, 256)) * 40, "not a safetensors file"),
-        (bytes(4096), "not a safetensors file"),
+        (b'{"error": "not found"}', "no whole safetensors file"),
+        (bytes(range(200, 256)) * 40, "no whole safetensors file"),
+        (bytes(4096), "no whole safetensors file"),
         (b"", "is empty"),
     ],
 )
@@ -232,38 +232,30 @@ def entry(**changes: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("header", "data", "said"),
+    ("header", "data"),
     [
-        (b"{not json", b"", "not JSON"),
-        (b'{"a": ' + b"[" * 200_000, b"", "not JSON"),
-        (b'{"a": "\xff\xfe"}', b"", "not JSON"),
-        ({"a": 3}, b"", "table is missing"),
-        ({"a": {}}, b"", "not a tensor"),
-        ({"a": entry(shape=[-2])}, bytes(8), "not a tensor"),
-        ({"a": entry(shape="2")}, bytes(8), "not a tensor"),
-        ({"a": entry(shape=[True, 2])}, bytes(8), "not a tensor"),
-        ({"a": entry(data_offsets=[0])}, bytes(8), "not a tensor"),
-        ({"a": entry(shape=[3])}, bytes(8), "does not fit its shape"),
-        ({"a": entry(data_offsets=[8, 0])}, bytes(8), "does not fit its shape"),
-        ({"a": entry(), "b": entry()}, bytes(8), "overlap"),
-        ({"a": entry(data_offsets=[4, 12])}, bytes(12), "gap"),
-        ({"a": entry()}, bytes(9), "longer than its header says"),
-        ({"a": entry()}, bytes(7), "cut short"),
-        ({"a": entry(dtype="F4", shape=[16])}, bytes(8), "F4, which this pack cannot read"),
-        ({"__metadata__": 3, "a": entry()}, bytes(8), "table is missing"),
-        (
-            b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-            b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-            bytes(8),
-            "stands twice",
-        ),
+        (b"{not json", b""),
+        (b'{"a": ' + b"[" * 200_000, b""),
+        (b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8)),
+        ({"a": entry(shape=[-2])}, bytes(8)),
+        ({"a": entry(shape=[3])}, bytes(8)),
+        ({"a": entry(), "b": entry()}, bytes(8)),
+        ({"a": entry(data_offsets=[4, 12])}, bytes(12)),
+        ({"a": entry()}, bytes(9)),
+        ({"__metadata__": {"a": 3}, "a": entry()}, bytes(8)),
     ],
 )
-def test_a_malformed_header_is_refused(
-    tmp_path: Path, header: object, data: bytes, said: str
-) -> None:
+def test_a_malformed_header_is_refused(tmp_path: Path, header: object, data: bytes) -> None:
     file = raw_file(tmp_path / "a.safetensors", header, data)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match="no whole safetensors file") as caught:
+        open_checkpoint(file)
+    assert caught.value.__cause__ is None  # it repeats names of the file as they are
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_type_of_less_than_a_byte_is_refused(tmp_path: Path) -> None:
+    file = raw_file(tmp_path / "a.safetensors", {"a": entry(dtype="F4", shape=[16])}, bytes(8))
+    with pytest.raises(CheckpointError, match="F4, which this pack cannot read"):
         open_checkpoint(file)
 
 
@@ -271,7 +263,7 @@ def test_a_header_that_claims_to_be_huge_is_refused_at_once(tmp_path: Path) -> N
     file = tmp_path / "a.safetensors"
     file.write_bytes((2**60).to_bytes(8, "little") + b"{" + bytes(100))
     start = time.process_time()
-    with pytest.raises(CheckpointError, match="not a safetensors file"):
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
         open_checkpoint(file)
     assert time.process_time() - start < 1
 

@@ -25,7 +25,7 @@ from glassbox.flux_core.image.autoencoder import Autoencoder
 from glassbox.flux_core.specs import AutoencoderSpec
 from glassbox.flux_core.transformer.flux import Flux, build_flux
 from glassbox.flux_core.weights import autoencoder_keys, transformer_keys
-from glassbox.flux_core.weights.files import Checkpoint
+from glassbox.flux_core.weights.checkpoint import Checkpoint
 from glassbox.flux_core.weights.load import load_autoencoder, load_flux, save_bfl
 from glassbox.tests.core.checkpoints import (
     TINY_FLUX2_AUTOENCODER,

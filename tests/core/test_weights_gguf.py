@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from glassbox.flux_core.errors import CheckpointError
-from glassbox.flux_core.weights.files import open_checkpoint
+from glassbox.flux_core.weights.checkpoint import open_checkpoint
 from glassbox.flux_core.weights.load import load_autoencoder, load_flux
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
+from glassbox.flux_core.weights.load_text import load_text_encoders
 from glassbox.flux_core.weights.transformer_keys import to_diffusers
 from glassbox.tests.core.checkpoints import (
     autoencoder_state,
@@ -177,45 +177,48 @@ def words(count: int, content: bytes = b"") -> bytes:
 
 
 @pytest.mark.parametrize(
+    "data",
+    [
+        b"GGUF",
+        b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0),
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63),
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + number(2**62),
+        gguf_bytes(tiny(), words(2**61)),
+        gguf_bytes(tiny(), words(1, number(2**63))),
+        gguf_bytes(tiny(), text("a") + struct.pack("<IIQ", 9, 4, 2**62)),
+        gguf_bytes(tiny(shape=(2**60,))),
+        gguf_bytes(tiny(shape=(2**40, 2**40, 2**40))),
+        gguf_bytes(tiny())[:-1],
+    ],
+)
+def test_a_gguf_file_that_promises_more_than_it_has_is_refused_at_once(
+    tmp_path: Path, data: bytes
+) -> None:
+    file = write_bytes(tmp_path / "a.gguf", data)
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="cut short"):
+        open_checkpoint(file)
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"GGUF", "cut short: it ends in its header"),
         (gguf_bytes(tiny(), version=1), "of version 1"),
-        (gguf_bytes(tiny(), version=3 << 24), "for machines of the other byte order"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "promises 1,152,921,504,606,846,976 tensors"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 90_000, 0), "cut short"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63), "metadata"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + number(2**62), "word in its header is"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + number(900_000), "cut short"),
-        (gguf_bytes(tiny(), words(2**61)), "its header lists"),
-        (gguf_bytes(tiny(), words(900_000)), "cut short"),
-        (gguf_bytes(tiny(), words(1, number(2**63))), "cut short"),
-        (gguf_bytes(tiny(), text("a") + struct.pack("<IIQ", 9, 9, 5)), "unknown type 9"),
-        (gguf_bytes(tiny(), text("a") + struct.pack("<IIQ", 9, 4, 2**62)), "cut short"),
         (gguf_bytes(tiny(), text("a") + struct.pack("<I", 77)), "unknown type 77"),
         (gguf_bytes(tiny(), text(b"\xff\xfe") + struct.pack("<IB", 0, 1)), "is not text"),
         (gguf_bytes(tiny(), text("general.alignment") + struct.pack("<II", 4, 0)), "0 bytes apart"),
-        (gguf_bytes(tiny(), text("general.alignment") + struct.pack("<II", 4, 48)), "48 bytes"),
-        (gguf_bytes(tiny(shape=(1,) * 9)), "has 9 axes"),
-        (gguf_bytes(tiny(shape=(2**60,))), "1,152,921,504,606,846,976 long"),
-        (gguf_bytes(tiny(shape=(2**40, 2**40, 2**40))), "overlaps"),
         (gguf_bytes(tiny(kind=8, shape=(2, 33))), "rows of 'one' are 33 long"),
         (gguf_bytes(tiny(kind=9)), "as Q8_1, which the gguf library cannot read"),
         (gguf_bytes(tiny(kind=26)), "as I32, which the gguf library cannot read"),
         (gguf_bytes(tiny(kind=4)), "as type 4, which the gguf library cannot read"),
-        (gguf_bytes(tiny(shape=(2, 64), data=bytes(64))), "'two' overlaps"),
-        (gguf_bytes(tiny())[:-1], r"cut short: it is [\d,]+ bytes long and its header promises"),
         (gguf_bytes(tiny()).replace(text("two"), text("one")), "'one' stands twice"),
         (gguf_bytes({}), "holds no tensors"),
     ],
 )
-def test_a_broken_gguf_file_is_refused_at_once(tmp_path: Path, data: bytes, said: str) -> None:
-    file = write_bytes(tmp_path / "a.gguf", data)
-    start = time.process_time()
-    with pytest.raises(CheckpointError, match=said) as caught:
-        open_checkpoint(file)
-    assert time.process_time() - start < 1
-    assert caught.value.fix[0].islower()
+def test_a_broken_gguf_file_is_refused(tmp_path: Path, data: bytes, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(write_bytes(tmp_path / "a.gguf", data))
 
 
 def test_a_download_that_stopped_anywhere_is_refused(tmp_path: Path) -> None:
@@ -261,7 +264,7 @@ def test_a_gguf_under_another_name_is_known_by_its_content(tmp_path: Path) -> No
         write_bytes(tmp_path / "a.safetensors", gguf_bytes(entries)), dtype=torch.float32
     )
     assert largest_error(state_of(network), plain) <= 1e-6
-    with pytest.raises(CheckpointError, match="not a safetensors file"):
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
         load_flux(write_bytes(tmp_path / "b.gguf", b"GGML" + bytes(100)))
 
 
@@ -273,11 +276,11 @@ def test_loaders_of_transformers_and_text_encoders_name_each_other(tmp_path: Pat
     file = write_bytes(tmp_path / "t5.gguf", gguf_bytes(entries))
     with pytest.raises(CheckpointError, match=r"as llama\.cpp names it") as caught:
         load_flux(file)
-    assert "'Load Text Encoders (FLUX)' if it is T5, Qwen3 or Mistral" in caught.value.fix
+    assert caught.value.settings == ("text encoder loader",)
     file = write_bytes(tmp_path / "a.gguf", gguf_bytes(entries_of(flux1_state(), "Q8_0")[0]))
-    with pytest.raises(CheckpointError, match=r"a\.gguf is a FLUX diffusion model") as caught:
+    with pytest.raises(CheckpointError, match=r"a\.gguf is a transformer") as caught:
         load_text_encoders([file])
-    assert "load it with 'Load Model (FLUX)'" in caught.value.fix
+    assert caught.value.settings == ("model loader",)
 
 
 def test_a_missing_library_is_named_with_what_to_install(

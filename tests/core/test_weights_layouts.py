@@ -7,7 +7,7 @@ from torch import Tensor
 from glassbox.flux_core.errors import CheckpointError
 from glassbox.flux_core.specs import AutoencoderSpec
 from glassbox.flux_core.weights import autoencoder_keys, transformer_keys
-from glassbox.flux_core.weights.layout import Layout, Recipe, count_numbers
+from glassbox.flux_core.weights.key_map import KeyMap, KeyRule, count_numbers
 from glassbox.tests.core.checkpoints import (
     TINY_AUTOENCODER,
     TINY_FLUX2_AUTOENCODER,
@@ -19,28 +19,29 @@ from glassbox.tests.core.checkpoints import (
     same,
 )
 
-Sort = Callable[[Mapping[str, Tensor]], Layout | None]
+Sort = Callable[[Mapping[str, Tensor]], KeyMap | None]
 
 
-def ours(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def ours(key_map: KeyMap, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
-        key: recipe.make([state[part] for part in recipe.parts])
-        for key, recipe in layout.recipes.items()
+        key: rule.apply([state[part] for part in rule.sources])
+        for key, rule in key_map.rules.items()
     }
 
 
-def sorted_out(sort: Sort, state: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
-    layout = sort(state)
-    assert layout is not None
-    assert layout.left == ()
+def sorted_out(sort: Sort, state: Mapping[str, Tensor]) -> tuple[KeyMap, dict[str, Tensor]]:
+    key_map = sort(state)
+    assert key_map is not None
+    assert key_map.unused == ()
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    made = ours(layout, state)
-    assert layout.shapes(shapes) == {key: tuple(tensor.shape) for key, tensor in made.items()}
-    return layout, made
+    made = ours(key_map, state)
+    assert key_map.shapes(shapes) == {key: tuple(tensor.shape) for key, tensor in made.items()}
+    return key_map, made
 
 
-@pytest.mark.parametrize("prefix", transformer_keys.PREFIXES)
-@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize(
+    ("prefix", "guidance"), zip(transformer_keys.PREFIXES, (True, False) * 2, strict=True)
+)
 @pytest.mark.parametrize("make", [flux1_state, flux2_state])
 def test_a_transformer_survives_both_layouts_bit_for_bit(
     prefix: str, guidance: bool, make: Callable[..., dict[str, Tensor]]
@@ -49,15 +50,18 @@ def test_a_transformer_survives_both_layouts_bit_for_bit(
     theirs = transformer_keys.to_diffusers(state)
     assert not state.keys() & theirs.keys()
     for given, name in ((state, "BFL"), (theirs, "diffusers")):
-        layout, made = sorted_out(transformer_keys.transformer_layout, prefixed(given, prefix))
-        assert (layout.name, layout.prefix, layout.others) == (name, prefix, 0)
+        key_map, made = sorted_out(transformer_keys.transformer_key_map, prefixed(given, prefix))
+        assert (key_map.layout, key_map.prefix, key_map.others) == (name, prefix, 0)
         assert same(made, state)
 
 
-@pytest.mark.parametrize("prefix", autoencoder_keys.PREFIXES)
 @pytest.mark.parametrize(
-    "spec",
-    [TINY_AUTOENCODER, TINY_FLUX2_AUTOENCODER, TINY_SMALL_DECODER],
+    ("prefix", "spec"),
+    zip(
+        autoencoder_keys.PREFIXES,
+        (TINY_AUTOENCODER, TINY_FLUX2_AUTOENCODER, TINY_SMALL_DECODER),
+        strict=True,
+    ),
     ids=["1", "2", "small decoder"],
 )
 def test_an_autoencoder_survives_both_layouts_bit_for_bit(
@@ -72,8 +76,8 @@ def test_an_autoencoder_survives_both_layouts_bit_for_bit(
         for kind in ("weight", "bias")
     }
     for given, name in ((state, "BFL"), (theirs, "diffusers")):
-        layout, made = sorted_out(autoencoder_keys.autoencoder_layout, prefixed(given, prefix))
-        assert (layout.name, layout.prefix, layout.others) == (name, prefix, 0)
+        key_map, made = sorted_out(autoencoder_keys.autoencoder_key_map, prefixed(given, prefix))
+        assert (key_map.layout, key_map.prefix, key_map.others) == (name, prefix, 0)
         assert same(made, state)
 
 
@@ -100,15 +104,6 @@ def test_flux2s_last_modulation_is_swapped_and_its_single_blocks_stay_fused() ->
     assert not [key for key in theirs if key.endswith("bias")]
 
 
-def test_the_shapes_of_diffusers_tensors_are_told_without_making_them() -> None:
-    for state in (flux1_state(), flux2_state(guidance=False)):
-        shapes = {key: tuple(one.shape) for key, one in state.items()}
-        theirs = transformer_keys.to_diffusers(state)
-        assert transformer_keys.diffusers_shapes(shapes) == {
-            key: tuple(one.shape) for key, one in theirs.items()
-        }
-
-
 def test_convolutions_beside_encoder_and_decoder_are_brought_inside() -> None:
     state = autoencoder_state(TINY_FLUX2_AUTOENCODER)
     outside = {  # as ComfyUI saves it
@@ -120,13 +115,13 @@ def test_convolutions_beside_encoder_and_decoder_are_brought_inside() -> None:
         for name in ("quant_conv", "post_quant_conv")
         for kind in ("weight", "bias")
     }
-    layout, made = sorted_out(autoencoder_keys.autoencoder_layout, outside)
-    assert layout.name == "BFL"
+    key_map, made = sorted_out(autoencoder_keys.autoencoder_key_map, outside)
+    assert key_map.layout == "BFL"
     assert same(made, state)
     both = state | {"quant_conv.weight": torch.zeros(64, 64, 1, 1)}
-    layout = autoencoder_keys.autoencoder_layout(both)
-    assert layout is not None
-    assert layout.left == ("quant_conv.weight",)
+    key_map = autoencoder_keys.autoencoder_key_map(both)
+    assert key_map is not None
+    assert key_map.unused == ("quant_conv.weight",)
 
 
 def test_fused_rows_are_query_key_value_and_mlp() -> None:
@@ -157,17 +152,17 @@ def test_norms_that_comfyui_saved_as_weight_are_read(
     state = make()
     renamed = {key.replace("_norm.scale", "_norm.weight"): one for key, one in state.items()}
     assert renamed.keys() != state.keys()
-    assert same(sorted_out(transformer_keys.transformer_layout, renamed)[1], state)
+    assert same(sorted_out(transformer_keys.transformer_key_map, renamed)[1], state)
 
 
 def test_other_parts_of_a_whole_checkpoint_are_left_alone() -> None:
     whole = prefixed(flux1_state(), "model.diffusion_model.")
     whole |= prefixed(autoencoder_state(), "vae.") | {"text_encoders.t5.shared": torch.zeros(1)}
-    transformer = transformer_keys.transformer_layout(whole)
-    autoencoder = autoencoder_keys.autoencoder_layout(whole)
+    transformer = transformer_keys.transformer_key_map(whole)
+    autoencoder = autoencoder_keys.autoencoder_key_map(whole)
     assert transformer is not None
     assert autoencoder is not None
-    assert transformer.others == len(whole) - len(transformer.recipes)
+    assert transformer.others == len(whole) - len(transformer.rules)
     assert same(ours(transformer, whole), flux1_state())
     assert same(ours(autoencoder, whole), autoencoder_state())
 
@@ -176,17 +171,17 @@ def test_a_part_that_is_missing_is_named_as_the_file_would() -> None:
     state = prefixed(transformer_keys.to_diffusers(flux1_state()), "model.")
     del state["model.transformer_blocks.1.attn.to_k.weight"]
     del state["model.x_embedder.bias"]
-    layout = transformer_keys.transformer_layout(state)
-    assert layout is not None
+    key_map = transformer_keys.transformer_key_map(state)
+    assert key_map is not None
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    lost = layout.missing("double_blocks.1.img_attn.qkv.weight", shapes)
+    lost = key_map.missing("double_blocks.1.img_attn.qkv.weight", shapes)
     assert lost == ["model.transformer_blocks.1.attn.to_k.weight"]
-    assert layout.missing("img_in.bias", shapes) == ["model.x_embedder.bias"]
+    assert key_map.missing("img_in.bias", shapes) == ["model.x_embedder.bias"]
 
 
 def test_keys_of_nothing_we_know_have_no_layout() -> None:
-    assert transformer_keys.transformer_layout(["decoder.up.0.block.0.conv1.weight", "a"]) is None
-    assert autoencoder_keys.autoencoder_layout(["double_blocks.0.img_attn.qkv.weight"]) is None
+    assert transformer_keys.transformer_key_map(["decoder.up.0.block.0.conv1.weight", "a"]) is None
+    assert autoencoder_keys.autoencoder_key_map(["double_blocks.0.img_attn.qkv.weight"]) is None
 
 
 def test_a_block_missing_between_others_is_named() -> None:
@@ -204,7 +199,7 @@ def test_an_absurd_block_number_costs_nothing() -> None:
 
 
 def test_parts_that_do_not_fit_one_another_are_refused() -> None:
-    recipe = Recipe(("q", "k", "v"))
+    rule = KeyRule(("q", "k", "v"))
     with pytest.raises(CheckpointError, match=r"\(4, 3\) and \(4, 2\)"):
-        recipe.shape({"q": (4, 3), "k": (4, 2), "v": (4, 3)})
-    assert recipe.shape({"q": (4, 3), "k": (1, 3), "v": (4, 3)}) == (9, 3)
+        rule.shape({"q": (4, 3), "k": (4, 2), "v": (4, 3)})
+    assert rule.shape({"q": (4, 3), "k": (1, 3), "v": (4, 3)}) == (9, 3)

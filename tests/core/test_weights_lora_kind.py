@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from glassbox.flux_core.errors import CheckpointError
+from glassbox.flux_core.weights.kinds import lora_title
 from glassbox.flux_core.weights.load import load_flux
-from glassbox.flux_core.weights.lora_kind import lora_title
 from glassbox.tests.core.checkpoints import write
 
 Sizes = dict[str, tuple[int, int]]

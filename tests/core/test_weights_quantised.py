@@ -10,7 +10,7 @@ from torch import Tensor
 from glassbox.flux_core.errors import CheckpointError
 from glassbox.flux_core.transformer.flux import Flux
 from glassbox.flux_core.weights.load import load_autoencoder, load_flux
-from glassbox.flux_core.weights.quantised_layers import open_plain
+from glassbox.flux_core.weights.quantised import open_dequantised
 from glassbox.flux_core.weights.transformer_keys import to_diffusers
 from glassbox.tests.core.checkpoints import autoencoder_state, flux1_state, flux2_state, write
 from glassbox.tests.core.quantised_files import as_bytes, header, nvfp4, scaled_float8
@@ -30,8 +30,10 @@ def largest_error(one: State, other: State) -> float:
 
 
 @pytest.mark.parametrize("form", ["old", "layers", "metadata", "bare"])
-@pytest.mark.parametrize("make", [flux1_state, flux2_state])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(flux1_state, torch.float8_e4m3fn), (flux2_state, torch.float8_e5m2)],
+)
 def test_scaled_float8_equals_what_it_stands_for(
     tmp_path: Path, make: Callable[[], State], form: str, dtype: torch.dtype
 ) -> None:
@@ -55,7 +57,9 @@ def test_prefixes_and_diffusers_names_are_read_in_quantised_files(tmp_path: Path
         assert largest_error(state_of(network), rounded) == 0
     # Metadata may name the layers without the prefix that was put before the keys.
     bare = {key.removeprefix(PREFIX): one for key, one in json_layers(metadata).items()}
-    assert len(open_plain(write(tmp_path / "a.safetensors", stored, header(bare))).quantised) > 0
+    assert (
+        len(open_dequantised(write(tmp_path / "a.safetensors", stored, header(bare))).quantised) > 0
+    )
     # Of layers that are fused here, each part has a scale of its own.
     stored, _, plain = scaled_float8(to_diffusers(flux1_state()), "layers")
     network, report = load_flux(write(tmp_path / "b.safetensors", stored), dtype=torch.float32)
@@ -102,10 +106,10 @@ def test_the_report_tells_what_dequantising_costs(tmp_path: Path) -> None:
     size = sum(one.numel() for one in blocks) * 2
     assert line.startswith(f"dequantised from nvfp4 to bfloat16: {len(blocks)} tensors, ")
     assert f"{size / 1e9:.2f} GB in memory" in line
-    found = open_plain(file)
+    found = open_dequantised(file)
     held = sum(one.numel() * one.element_size() for key, one in stored.items() if "blocks." in key)
     alone = sum(one.numel() * 4 for key, one in plain.items() if "blocks." in key and one.ndim == 1)
-    assert sum(one.stored_bytes for one in found.quantised.values()) == held - alone
+    assert sum(one.file_bytes for one in found.quantised.values()) == held - alone
 
 
 def test_scales_may_be_one_for_each_row(tmp_path: Path) -> None:
@@ -148,7 +152,7 @@ def test_what_belongs_to_a_checkpoints_text_encoder_is_left_alone(tmp_path: Path
     stored["text_encoders.t5xxl.scaled_fp8"] = torch.zeros(1)
     network, report = load_flux(write(tmp_path / "a.safetensors", stored), dtype=torch.float32)
     assert largest_error(state_of(network), plain) <= 1e-6
-    assert "tensors of other parts in the same file, left alone: 4" in report.notes
+    assert "tensors of other parts in the same file, ignored: 4" in report.notes
 
 
 def test_a_scale_may_lie_in_another_shard_than_its_weight(tmp_path: Path) -> None:
@@ -162,7 +166,7 @@ def test_a_scale_may_lie_in_another_shard_than_its_weight(tmp_path: Path) -> Non
 
 
 def test_a_plain_file_is_opened_as_it_is(tmp_path: Path) -> None:
-    found = open_plain(write(tmp_path / "a.safetensors", flux1_state()))
+    found = open_dequantised(write(tmp_path / "a.safetensors", flux1_state()))
     assert not found.quantised
     assert "quantised" not in str(load_flux(tmp_path / "a.safetensors")[1])
 

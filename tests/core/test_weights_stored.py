@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from glassbox.flux_core.errors import CheckpointError
+from glassbox.flux_core.weights.dequantise import Quantisation, dequantise_float8, dequantise_nvfp4
 from glassbox.flux_core.weights.load import load_flux
-from glassbox.flux_core.weights.lora_parts import AddedAtUse, Full, LoraPart, LowRank, patched
-from glassbox.flux_core.weights.quantised import Quantised, restore_float8, restore_nvfp4
+from glassbox.flux_core.weights.lora import AddedAtUse, Full, LoraPart, LowRank, patched
 from glassbox.flux_core.weights.transformer_keys import to_diffusers
 from glassbox.tests.core.checkpoints import flux1_state, flux2_state, write
 from glassbox.tests.core.quantised_files import gguf_bytes, nvfp4, scaled_float8, write_bytes
@@ -46,9 +46,9 @@ class HoldingLinear(nn.Module):
         if not self.said:
             return weight.float()
         if self.said != "nvfp4":
-            return restore_float8(weight, [self.held["weight_scale"]])
+            return dequantise_float8(weight, [self.held["weight_scale"]])
         names = ("weight_scale", "weight_scale_2", "pre_quant_scale")
-        return restore_nvfp4(weight, [self.held[one] for one in names if one in self.held])
+        return dequantise_nvfp4(weight, [self.held[one] for one in names if one in self.held])
 
 
 class Holding:
@@ -61,7 +61,7 @@ class Holding:
 def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[dict[str, HoldingLinear], str]:
     """Load a file with layers that hold; its layers by name, and the report."""
     holding: Any = Holding
-    network, report = load_flux(path, dtype=dtype, stored_operations=holding)
+    network, report = load_flux(path, dtype=dtype, quantised_operations=holding)
     layers = {
         name: layer
         for part in (network.modulation, network.blocks)
@@ -81,8 +81,10 @@ def check(layers: dict[str, HoldingLinear], plain: State) -> None:
 
 
 @pytest.mark.parametrize("form", ["old", "layers", "metadata", "bare"])
-@pytest.mark.parametrize("make", [flux1_state, flux2_state])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(flux1_state, torch.float8_e4m3fn), (flux2_state, torch.float8_e5m2)],
+)
 def test_scaled_float8_stays_as_it_is(
     tmp_path: Path, make: Callable[[], State], form: str, dtype: torch.dtype
 ) -> None:
@@ -142,7 +144,7 @@ def test_the_report_counts_the_bytes_in_memory(tmp_path: Path) -> None:
     stored, metadata, plain = scaled_float8(flux2_state(), "metadata")
     file = write(tmp_path / "a.safetensors", stored, metadata)
     holding: Any = Holding
-    report = load_flux(file, dtype=torch.float32, stored_operations=holding)[1]
+    report = load_flux(file, dtype=torch.float32, quantised_operations=holding)[1]
     assert abs(report.size - file.stat().st_size) < 0.02 * report.size
     assert report.tensors == len(plain)
     assert report.parameters == sum(tensor.numel() for tensor in plain.values())
@@ -241,9 +243,9 @@ def test_the_largest_number_decides_whatever_its_sign(
     numbers: tuple[float, float], dtype: torch.dtype
 ) -> None:
     """A scale that float32 holds makes a number of it that float32 does not."""
-    how = Quantised("float8", 2, restore_float8, ("scale",))
+    quantisation = Quantisation("float8", 2, dequantise_float8, ("scale",))
     stored = torch.tensor([numbers]).to(dtype)
-    how.check("a", stored, [torch.tensor(1.5e38)])
+    quantisation.check("a", stored, [torch.tensor(1.5e38)])
     if any(numbers):
         with pytest.raises(CheckpointError, match="not finite"):
-            how.check("a", stored, [torch.tensor(2e38)])
+            quantisation.check("a", stored, [torch.tensor(2e38)])

@@ -63,7 +63,7 @@ class LoraBench(Bench):
         spec = handle.network.spec
         blocks = self.strengths.parse_strengths("", spec)
         loaded = [self.lora.load_lora(path, self.family, spec) for path in paths]
-        _module("flux_core.weights.lora_parts").merge_lora(
+        _module("flux_core.weights.lora").merge_lora(
             handle.network, [part for one in loaded for part in one.scaled(strength, blocks)]
         )
         return handle
@@ -114,7 +114,7 @@ def _two_merged(bench: LoraBench, picture: Any, kohya: Path, diffusers: Path) ->
     spec = handle.network.spec
     lora = bench.lora.load_lora(diffusers, bench.family, spec)
     parts = lora.scaled(0.5, bench.strengths.parse_strengths("", spec))
-    _module("flux_core.weights.lora_parts").merge_lora(handle.network, parts)
+    _module("flux_core.weights.lora").merge_lora(handle.network, parts)
     expected = bench.run(handle)
     return float((picture - expected).abs().max() / expected.abs().max())
 

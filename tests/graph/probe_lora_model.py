@@ -232,7 +232,7 @@ class LoraBench(BenchIn):
 
     def refused(self) -> Answer:
         """What each wrong LoRA or MODEL says, how soon, and how many tensors were read."""
-        files = sys.modules[f"{probe.PACK}.flux_core.weights.files"]
+        files = sys.modules[f"{probe.PACK}.flux_core.weights.checkpoint"]
         native, others, reads = self.natives["FLUX.1"], self.changed(self.natives["FLUX.1"]), []
         stream = files.Checkpoint.stream
         files.Checkpoint.stream = lambda *given: reads.append(1) or stream(*given)

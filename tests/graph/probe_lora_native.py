@@ -103,7 +103,7 @@ def _compare(family: Any, spec: Any, state: dict[str, Any], path: Path) -> Answe
     lora = _module("flux_core.weights.lora").load_lora(path, family, spec)
     blocks = _module("flux_core.weights.lora_strengths").parse_strengths("", spec)
     parts = lora.scaled(0.5, blocks)
-    add = _module("flux_core.weights.lora_parts").patched
+    add = _module("flux_core.weights.lora").patched
     furthest, missed = 0.0, list[str]()
     for key, weight in state.items():
         ours = add(weight, [part for part in parts if part.key == key])

@@ -56,7 +56,7 @@ class Bench:
         self.scratch = scratch
         self.nodes = _nodes(scratch)
         part = f"{probe.PACK}.flux_core"
-        self.load = importlib.import_module(f"{part}.weights.text_encoders").load_text_encoders
+        self.load = importlib.import_module(f"{part}.weights.load_text").load_text_encoders
         self.families = importlib.import_module(f"{part}.families")
         self.handles = importlib.import_module(f"{probe.PACK}.nodes.runtime.handles")
         self.loading = importlib.import_module(f"{probe.PACK}.nodes.runtime.loading")

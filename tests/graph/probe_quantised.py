@@ -55,12 +55,12 @@ def _largest_error(file: Path) -> float:
     import comfy.ops
     import comfy.utils
     import torch
-    from custom_pack.flux_core.weights.quantised_layers import open_plain  # type: ignore[import]
+    from custom_pack.flux_core.weights.quantised import open_dequantised  # type: ignore[import]
 
     state, metadata = comfy.utils.load_torch_file(str(file), return_metadata=True)
     state, _ = comfy.utils.convert_old_quants(state, "", metadata or {})
     layers: Any = comfy.ops.mixed_precision_ops({}, torch.float32)
-    ours = open_plain(file).read()
+    ours = open_dequantised(file).read()
     assert len(ours) == len(LAYERS)
     errors: list[float] = []
     for layer in LAYERS:

@@ -104,7 +104,7 @@ class StoredBench(Bench):
         """Changes of fused rows, of whole weights in three forms, and of a bias."""
         import torch
 
-        words = _module("flux_core.weights.lora_parts")
+        words = _module("flux_core.weights.lora")
         generator = torch.Generator().manual_seed(seed)
 
         def drawn(*sides: int) -> Any:

@@ -32,7 +32,7 @@ def _ids(prompts: list[str]) -> list[list[int]]:
 
 
 def _pair(job: dict[str, Any]) -> Callable[..., Any]:
-    from glassbox.flux_core.weights.text_encoders import load_text_encoders
+    from glassbox.flux_core.weights.load_text import load_text_encoders
 
     tokenizers = {name: Path(job[name]) for name in ("clip_tokenizer", "t5_tokenizer")}
     files = [Path(file) for file in job["files"]]
@@ -41,7 +41,7 @@ def _pair(job: dict[str, Any]) -> Callable[..., Any]:
 
 def _language(kind: str, job: dict[str, Any]) -> Callable[..., Any]:
     from glassbox.flux_core.families import MISTRAL_SMALL_3, QWEN3_4B
-    from glassbox.flux_core.weights.text_encoders import load_text_encoders
+    from glassbox.flux_core.weights.load_text import load_text_encoders
 
     spec = {"qwen": QWEN3_4B, "mistral": MISTRAL_SMALL_3}[kind]
     spec = replace(spec, **job["sizes"], layers=(1, 2, 3))

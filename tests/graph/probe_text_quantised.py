@@ -62,7 +62,7 @@ def _features(file: Path, nodes: dict[str, Any]) -> dict[str, float]:
     options = {"dtype": torch.float32, **sizes}
     native = sd.CLIP(target, state_dict=[dict(stored)], model_options=options)
     part = f"{probe.PACK}.flux_core"
-    load = importlib.import_module(f"{part}.weights.text_encoders").load_text_encoders
+    load = importlib.import_module(f"{part}.weights.load_text").load_text_encoders
     spec = replace(importlib.import_module(f"{part}.families").QWEN3_4B, **SPEC)
     loading = importlib.import_module(f"{probe.PACK}.nodes.runtime.loading")
     qwen = loading.native_tokenizers().qwen
@@ -110,7 +110,7 @@ def _largest_error(file: Path) -> float:
     import comfy.ops
     import comfy.utils
     import torch
-    from custom_pack.flux_core.weights.text_files import open_text  # type: ignore[import]
+    from custom_pack.flux_core.weights.load_text import open_text  # type: ignore[import]
 
     state, metadata = comfy.utils.load_torch_file(str(file), return_metadata=True)
     state, _ = comfy.utils.convert_old_quants(state, "", metadata or {})

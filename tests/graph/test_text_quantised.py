@@ -159,7 +159,7 @@ def test_each_loader_sends_the_other_ones_gguf_there(tiny_comfy: "Comfy") -> Non
     diffusion, text = (tiny_comfy.models_dir / one for one in ("diffusion_models", "text_encoders"))
     entries, _ = transformer_entries(tiny.transformer_state(seed=1), "Q8_0")
     write_file(text / "flux1-dev.gguf", gguf_bytes(entries))
-    refused(tiny_comfy, "flux1-dev.gguf", r"is a FLUX diffusion model\..*'Load Model \(FLUX\)'")
+    refused(tiny_comfy, "flux1-dev.gguf", r"is a transformer\..*'Load Model \(FLUX\)'")
     entries, _ = entries_of(tiny.t5_state(), "t5encoder", "Q8_0")
     form = said("general.architecture", "t5encoder")
     gguf_file(diffusion / "t5.gguf", entries, form)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from glassbox.flux_core.families import FLUX1_AUTOENCODER, FLUX1_DEV
 from glassbox.flux_core.image.autoencoder import Autoencoder
 from glassbox.flux_core.specs import AutoencoderSpec, TransformerSpec
-from glassbox.flux_core.text.modules import ClipSpec, Shapes, T5Spec
+from glassbox.flux_core.text.modules import ClipSpec, T5Spec
 from glassbox.flux_core.transformer.flux import build_flux
+from glassbox.flux_core.types import Shapes
 
 CLIP = ClipSpec(width=64, layers=1, ffn=64, vocabulary=49408, positions=77)
 T5 = T5Spec(width=64, layers=1, ffn=64, vocabulary=32128, heads=1, head_dim=64)

@@ -24,7 +24,7 @@ from glassbox.flux_core.image.autoencoder import Autoencoder
 from glassbox.flux_core.specs import AutoencoderSpec, FluxFamily
 from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.weights import autoencoder_keys, transformer_keys
-from glassbox.flux_core.weights.check import shapes_of
+from glassbox.flux_core.weights.key_map import shapes_of
 from glassbox.flux_core.weights.load import load_autoencoder, load_flux
 from glassbox.tests.core.checkpoints import randomise, same
 
@@ -226,11 +226,13 @@ def test_the_published_size_of_a_flux2_transformer_has_all_of_diffusers_keys(
     published = shapes_of(theirs)
     assert len(ours) == tensors
     assert sum(torch.Size(shape).numel() for shape in published.values()) == parameters
-    assert transformer_keys.diffusers_shapes(ours) == published
-    layout = transformer_keys.transformer_layout(published)
-    assert layout is not None
-    assert layout.left == ()
-    assert layout.shapes(published) == ours
+    meta = {key: torch.empty(shape, device="meta") for key, shape in ours.items()}
+    split = transformer_keys.to_diffusers(meta)
+    assert {key: tuple(tensor.shape) for key, tensor in split.items()} == published
+    key_map = transformer_keys.transformer_key_map(published)
+    assert key_map is not None
+    assert key_map.unused == ()
+    assert key_map.shapes(published) == ours
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_the_published_size_of_flux2s_autoencoder_has_all_of_diffusers_keys(
         theirs = AutoencoderKLFlux2(decoder_block_out_channels=decoder)
     published = shapes_of(theirs)
     assert len(published) == 251
-    layout = autoencoder_keys.autoencoder_layout(published)
-    assert layout is not None
-    assert layout.left == ()
-    assert layout.shapes(published) == shapes_of(Autoencoder(spec, device="meta"))
+    key_map = autoencoder_keys.autoencoder_key_map(published)
+    assert key_map is not None
+    assert key_map.unused == ()
+    assert key_map.shapes(published) == shapes_of(Autoencoder(spec, device="meta"))

@@ -30,7 +30,7 @@ from glassbox.flux_core.tokens.pack import latent_tokens, tokens_latent
 from glassbox.flux_core.tokens.references import place_references
 from glassbox.flux_core.transformer.flux import Flux, build_flux
 from glassbox.flux_core.values import Conditioning, Reference, TextFeatures
-from glassbox.flux_core.weights.autoencoder_keys import autoencoder_layout
+from glassbox.flux_core.weights.autoencoder_keys import autoencoder_key_map
 from glassbox.flux_core.weights.transformer_keys import to_diffusers
 from glassbox.tests.parity import flux2_samples as samples
 
@@ -78,11 +78,11 @@ def vae() -> diffusers.AutoencoderKLFlux2:
 def autoencoder(vae: diffusers.AutoencoderKLFlux2) -> Autoencoder:
     """Our autoencoder with diffusers' weights, through the layout a file would be read by."""
     ours, state = Autoencoder(samples.autoencoder_spec()), vae.state_dict()
-    layout = autoencoder_layout(state)
-    assert layout is not None
+    key_map = autoencoder_key_map(state)
+    assert key_map is not None
     named = {}
-    for name, recipe in layout.recipes.items():
-        (part,) = recipe.parts
+    for name, rule in key_map.rules.items():
+        (part,) = rule.sources
         named[name] = state[part].reshape(ours.state_dict()[name].shape)
     ours.load_state_dict(named, strict=True)
     return ours.eval()

@@ -29,7 +29,7 @@ from glassbox.flux_core.tokens.references import place_references
 from glassbox.flux_core.transformer.flux import Flux
 from glassbox.flux_core.values import Conditioning, Reference
 from glassbox.flux_core.weights.load import load_autoencoder, load_flux
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
+from glassbox.flux_core.weights.load_text import load_text_encoders
 from glassbox.tests.parity import text_samples as samples
 
 TOLERANCE = 1e-5

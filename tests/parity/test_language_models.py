@@ -13,7 +13,7 @@ from torch import Tensor
 from glassbox.flux_core.system_message import SYSTEM_MESSAGE
 from glassbox.flux_core.text.encoders import LanguageModelEncoder
 from glassbox.flux_core.text.modules import hidden_states
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
+from glassbox.flux_core.weights.load_text import load_text_encoders
 from glassbox.tests.parity import text_language_samples as samples
 from glassbox.tests.parity.text_language_samples import MISTRAL, PROMPTS, QWEN
 

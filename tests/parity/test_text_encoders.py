@@ -10,7 +10,7 @@ import transformers
 
 from glassbox.flux_core.specs import ClipT5Spec
 from glassbox.flux_core.text.encoders import TextEncoders
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
+from glassbox.flux_core.weights.load_text import load_text_encoders
 from glassbox.tests.parity import text_samples as samples
 
 TOLERANCE = 1e-6

@@ -16,8 +16,8 @@ from transformers.integrations.mistral import MistralConverter
 from glassbox.flux_core.families import MISTRAL_SMALL_3, QWEN3_4B
 from glassbox.flux_core.specs import LanguageModelSpec
 from glassbox.flux_core.text.encoders import LanguageModelEncoder
-from glassbox.flux_core.text.modules import LanguageModelShape, Shapes
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
+from glassbox.flux_core.text.modules import LanguageModelShape
+from glassbox.flux_core.weights.load_text import load_text_encoders
 from glassbox.tests.parity import text_samples as samples
 
 SIZES: dict[str, Any] = {
@@ -233,7 +233,7 @@ def text_state(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items()}
 
 
-def full_shapes(spec: LanguageModelSpec, depth: int, vocabulary: int) -> Shapes:
+def full_shapes(spec: LanguageModelSpec, depth: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
     """Name every tensor of a published text model, with its shape."""
     shape = LanguageModelShape(
         architecture=spec.architecture,

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from glassbox.flux_core.text.encoders import TextEncoders
-from glassbox.flux_core.text.modules import Shapes
-from glassbox.flux_core.weights.text_encoders import load_text_encoders
+from glassbox.flux_core.types import Shapes
+from glassbox.flux_core.weights.load_text import load_text_encoders
 
 WORDS = "make the circle red and remove blue square from a plain yellow background with star photo"
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'!?éñ-"

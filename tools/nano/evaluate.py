@@ -32,7 +32,7 @@ from ...flux_core.tokens.references import place_references
 from ...flux_core.transformer.flux import Flux
 from ...flux_core.values import Conditioning, Reference, TextFeatures
 from ...flux_core.weights.load import load_autoencoder, load_flux
-from ...flux_core.weights.text_encoders import load_text_encoders
+from ...flux_core.weights.load_text import load_text_encoders
 from .drawing import Floats, draw, draw_pillow
 from .judge import judge
 from .world import EDITS, SAMPLED, SIDE_PX, Action, Edit, random_edit
