@@ -75,7 +75,7 @@ def check_conditioning(
 
 def _sides(job: Job) -> Iterator[tuple[str, Conditioning]]:
     """The conditionings of a job that are read, with what tells them apart."""
-    if job.cfg is None:
+    if job.cfg is None or not job.cfg.window(len(job.sigmas) - 1):
         yield "", job.conditioning
         return
     yield " of the positive conditioning", job.conditioning

@@ -16,7 +16,7 @@ from glassbox.flux_core.specs import FluxFamily
 from glassbox.flux_core.tokens.sequence import TokenSequence
 from glassbox.flux_core.transformer.attention import PyTorchAttention, Where
 from glassbox.flux_core.transformer.blocks import DoubleBlock, SingleBlock
-from glassbox.flux_core.transformer.flux import Flux, cache_for_the_run, compute_every_step
+from glassbox.flux_core.transformer.flux import Flux, cache_for_the_run
 from glassbox.flux_core.transformer.references import KeyValue
 from glassbox.flux_core.transformer.rope import unrotate
 from glassbox.flux_core.values import Conditioning, Tokens
@@ -95,7 +95,7 @@ def test_the_end_of_a_run_that_stops_above_zero_begins_no_step() -> None:
 
 @every_family
 @pytest.mark.parametrize("references", [0, 2])
-@pytest.mark.parametrize("cache", [cache_for_the_run, compute_every_step])
+@pytest.mark.parametrize("cache", [cache_for_the_run, tiny_flux2.compute_every_step])
 def test_it_is_told_what_the_tokens_of_q_and_k_are(family, references: int, cache) -> None:
     net, one, noise = parts(family, references)
     net.attention, net.reference_cache = watching, _ = Watching(), cache

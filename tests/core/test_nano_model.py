@@ -12,7 +12,7 @@ from glassbox.flux_core.families import (
 )
 from glassbox.flux_core.nano import paths
 from glassbox.flux_core.transformer.flux import build_flux
-from glassbox.flux_core.weights.files import open_checkpoint
+from glassbox.flux_core.weights.checkpoint import open_checkpoint
 from glassbox.tools.nano.drawing import draw, draw_pillow
 from glassbox.tools.nano.evaluate import (
     NanoModel,
