@@ -137,7 +137,10 @@ def without(key: str) -> Callable[[], State]:
             lambda: {A: torch.ones(5000, 640), B: torch.ones(128, 5000)},
             "rank is 5,000, and the layer no wider than 640",
         ),
-        (lambda: {A: torch.ones(0, 640), B: torch.ones(128, 0)}, "(0x640|128x0), which is no matrix"),
+        (
+            lambda: {A: torch.ones(0, 640), B: torch.ones(128, 0)},
+            "(0x640|128x0), which is no matrix",
+        ),
         (changed(down=torch.ones(4, 640, 1, 1)), "4x640x1x1, which is no matrix"),
         (changed(down=torch.ones(4, 640, dtype=torch.int8)), "stored as int8"),
         (changed(alpha=torch.ones(2)), "alpha is 2 and not one number"),
