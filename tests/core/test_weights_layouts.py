@@ -40,7 +40,7 @@ def sorted_out(sort: Sort, state: Mapping[str, Tensor]) -> tuple[KeyMap, dict[st
 
 
 @pytest.mark.parametrize(
-    ("prefix", "guidance"), zip(transformer_keys.PREFIXES, (True, False) * 2, strict=True)
+    ("prefix", "guidance"), list(zip(transformer_keys.PREFIXES, (True, False) * 2, strict=True))
 )
 @pytest.mark.parametrize("make", [flux1_state, flux2_state])
 def test_a_transformer_survives_both_layouts_bit_for_bit(
@@ -57,10 +57,12 @@ def test_a_transformer_survives_both_layouts_bit_for_bit(
 
 @pytest.mark.parametrize(
     ("prefix", "spec"),
-    zip(
-        autoencoder_keys.PREFIXES,
-        (TINY_AUTOENCODER, TINY_FLUX2_AUTOENCODER, TINY_SMALL_DECODER),
-        strict=True,
+    list(
+        zip(
+            autoencoder_keys.PREFIXES,
+            (TINY_AUTOENCODER, TINY_FLUX2_AUTOENCODER, TINY_SMALL_DECODER),
+            strict=True,
+        )
     ),
     ids=["1", "2", "small decoder"],
 )
