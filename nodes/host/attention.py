@@ -46,7 +46,8 @@ class ComfyAttention:
     def name(self) -> str:
         """Which function it is, and what PyTorch may choose from."""
         chosen = attention.optimized_attention
-        return f"{chosen.__module__}.{chosen.__qualname__}, {PyTorchAttention().name}"
+        function = getattr(chosen, "__qualname__", None) or repr(chosen)  # it may be any callable
+        return f"{function}, {PyTorchAttention().name}"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         """Attends from q (B, Q, H, D) to k, v (B, L, H, D); returns (B, Q, H D)."""
