@@ -133,7 +133,18 @@ class Runs:
             "ToConditioning": lambda: self.run("ToConditioning", conditioning=self.one),
             "ApplyToModel": lambda: self._apply_and_sample(self.one),
             "ApplyLoRA": lambda: self._lora(f"lora_{kontext}", self.model),
+            "Guider": lambda: [self._guide(one, channels=16) for one in (native, self.model)],
         }
+
+    def _guide(self, model: Any, *, channels: int) -> Any:
+        """ComfyUI's own sampler on our guider."""
+        from comfy_extras import nodes_custom_sampler as custom
+
+        guider = self.run("Guider", model=model, conditioning=self.one)
+        sampler = custom.KSamplerSelect.execute("dpmpp_2m").result[0]
+        noise, latent = custom.RandomNoise.execute(7).result[0], self._latent(channels)
+        latent["samples"][:] = 0.5  # of an empty one ComfyUI exchanges the channels
+        return custom.SamplerCustomAdvanced.execute(noise, guider, sampler, self.sigmas, latent)
 
     def _pack(self, channels: int) -> Any:
         return self.run("PackLatent", latent=self._latent(channels), latent_format="FLUX.1")
@@ -188,6 +199,7 @@ class Runs:
             "ToConditioning": lambda: self.run("ToConditioning", conditioning=values.Fit),
             "ApplyToModel": lambda: self._apply_and_sample(self._conditioning(other)),
             "ApplyLoRA": lambda: self._lora("lora_glassbox_nano_klein.safetensors", self.model),
+            "Guider": lambda: self._guide(self.model, channels=128),
         }
         refused |= {
             "another reference under KSampler": lambda: self._apply_and_sample(
