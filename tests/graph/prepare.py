@@ -124,6 +124,8 @@ def _fetch_comfyui(python: Path, home: Path) -> None:
         unpack(archives[0], unpacked)
         shutil.rmtree(home, ignore_errors=True)
         unpacked.rename(home)
+    # As pip does with packages: else every start compiles it where Python must not write bytecode.
+    _run([str(python), "-m", "compileall", "-q", str(home)], "compile ComfyUI")
 
 
 def check_archive(archive: Path) -> None:

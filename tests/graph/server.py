@@ -217,7 +217,7 @@ class Comfy:
                 return entry
             if self.process.poll() is not None:
                 raise ComfyError(f"ComfyUI ended during a prompt.\n{self._log_end()}")
-            time.sleep(0.05)
+            time.sleep(0.02)
         raise ComfyError(f"The prompt has not ended after {timeout_s:.0f} s.\n{self._log_end()}")
 
     def run(self, graph: Json, *, timeout_s: float = 240) -> Json:
