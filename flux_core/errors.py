@@ -20,8 +20,6 @@ SETTINGS = frozenset(
         "image encoding",
         "image decoding",
         "latent packing",
-        "position ids",
-        "conditioner",
         "noise",
         "schedule",
         "guided sampling",

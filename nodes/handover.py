@@ -6,11 +6,12 @@ from typing_extensions import override
 from ..flux_core.sampling.guidance import Passes, TrueCFG
 from . import host
 from .native.conditioning import AnyConditioning, as_conditioning
+from .native.guider import Guider
 from .native.handle import AnyModel, as_model
 from .node import Node
 from .runtime.reference_cache import ReferenceKV, choose
-from .sampling import reference_kv_input
-from .settings import in_words
+from .sampling import cfg_inputs, reference_kv_input
+from .settings import ON_GUIDER, in_words
 from .sockets import conditioning_input, model_input
 
 _CATEGORY = "FLUX Glassbox/native"
@@ -82,6 +83,8 @@ class ApplyToModel(Node):
 
 
 class GuiderNode(Node):
+    settings = ON_GUIDER
+
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -103,44 +106,7 @@ class GuiderNode(Node):
                     "Without it every step has one pass.",
                     optional=True,
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=4.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    optional=True,
-                    tooltip="Scale of true CFG, 0 to 100, 4 for klein base; read where negative is "
-                    "wired. 1 or less runs the positive pass alone.",
-                ),
-                io.Float.Input(
-                    "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="First step with two passes, as a fraction of the steps, 0 to 1.",
-                ),
-                io.Float.Input(
-                    "end",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="First step without them again, as a fraction of the steps, 0 to 1.",
-                ),
-                io.Combo.Input(
-                    "passes",
-                    options=["batched", "in turn"],
-                    optional=True,
-                    advanced=True,
-                    tooltip="batched: both in one batch. in turn: one after the other, with half "
-                    "the memory; the two may then differ in length and references.",
-                ),
+                *cfg_inputs(optional=True),
                 reference_kv_input(),
             ],
             outputs=[io.Guider.Output("guider", tooltip="For SamplerCustomAdvanced.")],
@@ -159,8 +125,6 @@ class GuiderNode(Node):
         passes: Passes = "batched",
         reference_kv: ReferenceKV = "auto",
     ) -> io.NodeOutput:
-        from .native.guider import Guider
-
         handle = as_model(model)
         given = as_conditioning(conditioning, handle)
         settings = None

@@ -1,5 +1,7 @@
 """The samplers."""
 
+from typing import Any
+
 from comfy_api.latest import io
 from typing_extensions import override
 
@@ -8,6 +10,7 @@ from ..flux_core.sampling.job import Job
 from ..flux_core.sampling.solvers import SOLVERS, SolverName
 from ..flux_core.values import Tokens
 from .native.conditioning import AnyConditioning, as_conditioning
+from .native.guider import sample_with
 from .native.handle import AnyModel, as_model
 from .native.latent import AnyTokens, as_tokens
 from .node import Node
@@ -41,6 +44,49 @@ def reference_kv_input() -> io.Combo.Input:
         "this run: computed once and let go. every step: computed anew, with the least memory. "
         "All make the same picture.",
     )
+
+
+def cfg_inputs(*, optional: bool = False) -> list[io.Input]:
+    """The settings of true CFG."""
+    return [
+        io.Float.Input(
+            "cfg",
+            default=4.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            optional=optional,
+            tooltip="Scale, 0 to 100, 4 for klein base; 1 or less runs the positive pass alone.",
+        ),
+        io.Float.Input(
+            "start",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=optional,
+            advanced=True,
+            tooltip="First step with two passes, as a fraction of the steps, 0 to 1.",
+        ),
+        io.Float.Input(
+            "end",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=optional,
+            advanced=True,
+            tooltip="First step without them again, as a fraction of the steps, 0 to 1.",
+        ),
+        io.Combo.Input(
+            "passes",
+            options=["batched", "in turn"],
+            optional=optional,
+            advanced=True,
+            tooltip="batched: both in one batch. in turn: one after the other, with half the "
+            "memory; the two may then differ in length and references.",
+        ),
+    ]
 
 
 def _start_and_sampler_inputs() -> list[io.Input]:
@@ -107,7 +153,7 @@ class SampleGuided(Node):
             solver=solver,
             start=_start(start_tokens, handle),
         )
-        return io.NodeOutput(sample(handle, job, reference_kv, sampler))
+        return io.NodeOutput(_sample(handle, job, reference_kv, sampler))
 
 
 class SampleTrueCFG(Node):
@@ -140,40 +186,7 @@ class SampleTrueCFG(Node):
                 io.Sigmas.Input(
                     "sigmas", tooltip="From Schedule: falling from at most 1 to 0, one a step."
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=4.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Scale, 0 to 100, 4 for klein base; 1 or less runs the positive pass "
-                    "alone.",
-                ),
-                io.Float.Input(
-                    "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="First step with two passes, as a fraction of the steps, 0 to 1.",
-                ),
-                io.Float.Input(
-                    "end",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="First step without them again, as a fraction of the steps, 0 to 1.",
-                ),
-                io.Combo.Input(
-                    "passes",
-                    options=["batched", "in turn"],
-                    advanced=True,
-                    tooltip="batched: both in one batch. in turn: one after the other, with half "
-                    "the memory; the two may then differ in length and references.",
-                ),
+                *cfg_inputs(),
                 _solver_input(),
                 reference_kv_input(),
                 *_start_and_sampler_inputs(),
@@ -210,7 +223,13 @@ class SampleTrueCFG(Node):
             cfg=TrueCFG(negative=avoid, scale=cfg, start=start, end=end, passes=passes),
             start=_start(start_tokens, handle),
         )
-        return io.NodeOutput(sample(handle, job, reference_kv, sampler))
+        return io.NodeOutput(_sample(handle, job, reference_kv, sampler))
+
+
+def _sample(handle: Handle, job: Job, reference_kv: ReferenceKV, sampler: Any) -> Tokens:
+    if sampler is None:
+        return sample(handle, job, reference_kv)
+    return sample_with(sampler, handle, job, reference_kv)
 
 
 def _start(wired: AnyTokens | None, handle: Handle) -> Tokens | None:

@@ -4,14 +4,14 @@ A note or an error of `flux_core` says "set [steps]"; whoever reads it in ComfyU
 steps on 'Schedule (FLUX)'".
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from ..flux_core.errors import GlassboxError, name_settings
 
 _FIT, _NOISE, _SCHEDULE = "'Fit Image (FLUX)'", "'Noise (FLUX)'", "'Schedule (FLUX)'"
 _CONDITIONER, _CFG = "'Reference Conditioner (FLUX)'", "'Sample True CFG (FLUX)'"
-_PLACE = "'Position Ids (FLUX)'"
+_PLACE, _GUIDER = "'Position Ids (FLUX)'", "'Guider (FLUX)'"
 
 SETTINGS = {
     # nodes as a whole
@@ -25,14 +25,12 @@ SETTINGS = {
     "image encoding": "'Encode and Pack (FLUX)'",
     "image decoding": "'Unpack and Decode (FLUX)'",
     "latent packing": "'Pack Latent (FLUX)'",
-    "position ids": _PLACE,
-    "conditioner": _CONDITIONER,
     "noise": _NOISE,
     "schedule": _SCHEDULE,
     "guided sampling": "'Sample Guided (FLUX)'",
     "true CFG": _CFG,
     "native conditioning": "'To Conditioning (FLUX)'",
-    "guider": "'Guider (FLUX)'",
+    "guider": _GUIDER,
     "native positions": "'Apply To Model (FLUX)'",
     # widgets and inputs
     "family": "family on 'Load Model (FLUX)'",
@@ -52,7 +50,7 @@ SETTINGS = {
     "column": f"column on {_PLACE}",
     "guidance": f"guidance on {_CONDITIONER}",
     "placement": f"placement on {_CONDITIONER}",
-    "references": f"the references of {_CONDITIONER}",
+    "references": f"references on {_CONDITIONER}",
     "width": f"width on {_NOISE}",
     "height": f"height on {_NOISE}",
     "seed": f"seed on {_NOISE}",
@@ -72,16 +70,30 @@ SETTINGS = {
 }
 
 
+ON_GUIDER = {  # where the guider is that runs, and no sampler of this pack
+    **SETTINGS,
+    "cfg": f"cfg on {_GUIDER}",
+    "cfg start": f"start on {_GUIDER}",
+    "cfg end": f"end on {_GUIDER}",
+    "passes": f"passes on {_GUIDER}",
+    "reference_kv": f"reference_kv on {_GUIDER}",
+    "width": "width of the empty latent",
+    "height": "height of the empty latent",
+    "batch_size": "batch_size of the empty latent",
+    "start tokens": "latent_image of 'SamplerCustomAdvanced'",
+}
+
+
 def in_words(text: str) -> str:
-    """Say a note of the library with the nodes and widgets that its settings are."""
+    """A note of the library with the nodes and widgets that its settings are."""
     return name_settings(text, SETTINGS)
 
 
 @contextmanager
-def settings_named() -> Generator[None, None, None]:
-    """Let errors of the library that leave this block name nodes and widgets."""
+def settings_named(names: Mapping[str, str] = SETTINGS) -> Generator[None, None, None]:
+    """Lets errors of the library that leave this block name nodes and widgets."""
     try:
         yield
     except GlassboxError as error:
-        error.name_settings(SETTINGS)
+        error.name_settings(names)
         raise

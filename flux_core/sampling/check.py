@@ -28,13 +28,19 @@ def check_job(network: Network, job: Job) -> None:
             f"The solver is {job.solver!r}.", f"{' or '.join(SOLVERS)}.", "choose a [solver]."
         )
     check_latent(job.noise.latent, network.family.latent, "noise")
+    if job.noise.cells is not None:
+        raise ShapeError(
+            f"The noise has {job.noise.count} tokens of {_px(job.noise)}.",
+            "every token of the image to make; references alone may lack some.",
+            "take it from [noise].",
+        )
     if job.start is not None:
         _check_start(network, job.noise, job.start)
     for name, tensor in _tensors(job):
         check_finite(tensor, f"{name} input")
     for _, conditioning in _sides(job):
         check_conditioning(conditioning, job.noise, network.family, network.spec)
-        _check_controls(network, conditioning)
+        check_controls(conditioning, network.supports, "this network")
 
 
 def check_conditioning(
@@ -94,17 +100,25 @@ def _tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
             yield f"reference {number}{side}", one.tokens.values
 
 
-def _check_controls(network: Network, conditioning: Conditioning) -> None:
-    """Refuses a way of seeing references that would be ignored."""
+def check_controls(conditioning: Conditioning, supports: frozenset[str], who: str) -> None:
+    """Refuses a way of seeing references that would be ignored.
+
+    Args:
+        conditioning: with the references.
+        supports: the `Reference.controls` that are followed.
+        who: follows them, as the subject of a sentence.
+
+    Raises:
+        SettingError: a reference asks for another.
+    """
     for number, one in enumerate(conditioning.references, 1):
-        ignored = [control for control in one.controls if control not in network.supports]
+        ignored = [control for control in one.controls if control not in supports]
         if ignored:
-            follows = ", ".join(sorted(network.supports)) or "none"
+            follows = ", ".join(sorted(supports)) or "none"
             raise SettingError(
-                f"Reference {number} has {' and '.join(ignored)} set, which this network does not "
-                "follow.",
+                f"Reference {number} has {' and '.join(ignored)} set, which {who} does not follow.",
                 f"controls that it follows: {follows}.",
-                f"leave {' and '.join(ignored)} of the [references] at the default.",
+                f"leave {' and '.join(ignored)} at the default for the [references].",
             )
 
 
@@ -115,7 +129,7 @@ def _check_start(network: Network, noise: Tokens, start: Tokens) -> None:
         raise ShapeError(
             f"The start image is {_px(start)}, the noise {_px(noise)}.",
             "the same size.",
-            "set [width] and [height] to those of [image fit].",
+            "set [width] and [height] to those of [image fit], or fit the image of [start tokens].",
         )
     if start.values.shape[0] not in (1, noise.values.shape[0]):
         raise ShapeError(

@@ -228,13 +228,13 @@ def join(negative: Conditioning, positive: Conditioning, *, batch: int) -> Condi
     _check_alike(negative, positive)
     pooled = None
     if negative.text.pooled is not None and positive.text.pooled is not None:
-        pooled = _stack("pooled text", negative.text.pooled, positive.text.pooled, batch)
-    txt = _stack("text", negative.text.txt, positive.text.txt, batch)
+        pooled = _stack(negative.text.pooled, positive.text.pooled, batch)
+    txt = _stack(negative.text.txt, positive.text.txt, batch)
     references: list[Reference] = []
     for one, other in zip(negative.references, positive.references, strict=True):
         values = one.tokens.values
         if values is not other.tokens.values or values.shape[0] > 1:  # one shared image stays one
-            values = _stack("reference", values, other.tokens.values, batch)
+            values = _stack(values, other.tokens.values, batch)
         references.append(replace(one, tokens=replace(one.tokens, values=values)))
     text = replace(positive.text, txt=txt, pooled=pooled)
     return replace(positive, text=text, references=tuple(references))
@@ -284,15 +284,8 @@ def _how_seen(one: Reference) -> tuple[object, ...]:
     return one.strength, one.steps, one.blocks, mask
 
 
-def _stack(what: str, negative: Tensor, positive: Tensor, batch: int) -> Tensor:
+def _stack(negative: Tensor, positive: Tensor, batch: int) -> Tensor:
     """Concatenates along the batch; a batch of 1 is repeated to `batch` first."""
-    for one in (negative, positive):
-        if one.shape[0] not in (1, batch):
-            raise ShapeError(
-                f"The {what} has a batch of {one.shape[0]}, the noise {batch}.",
-                "a batch of 1, or the same batch as the noise.",
-                "set [batch_size], or hand over one image.",
-            )
     halves = [one.expand(batch, *one.shape[1:]) for one in (negative, positive)]
     return torch.cat((halves[0], halves[1].to(halves[0])))
 

@@ -1,24 +1,31 @@
 """A job on disk: JSON beside a safetensors file, to be read by another process or machine."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from ..errors import CheckpointError, SettingError
+from ..checks import check_finite
+from ..errors import CheckpointError, SettingError, ShapeError, printable
 from ..families import LATENTS
 from ..values import Conditioning, Reference, TextFeatures, TokenCount, Tokens
-from .guidance import TrueCFG
+from .guidance import Passes, TrueCFG
 from .job import Job
+from .solvers import SOLVERS
 
 FORMAT = 1
+_UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError),
+    *(RecursionError, OverflowError, SafetensorError),
+)
 _Json = dict[str, Any]
+_Name = TypeVar("_Name", bound=str)
 
 
 def write_job(job: Job, path: Path) -> None:
@@ -26,7 +33,14 @@ def write_job(job: Job, path: Path) -> None:
 
     Raises:
         SettingError: edits, which are code and not data.
+        CheckpointError: the name does not end in .json, or there is no such folder.
     """
+    if path.suffix != ".json" or not path.parent.is_dir():
+        raise CheckpointError(
+            f"The job is to be written to {printable(str(path))}.",
+            "a name that ends in .json, in a folder that exists.",
+            "choose another name.",
+        )
     if job.edits:
         raise SettingError(
             f"The job has {len(job.edits)} edits after its steps.",
@@ -82,11 +96,11 @@ def read_job(path: Path) -> Job:
             conditioning=_conditioning_in(written["conditioning"], tensors),
             noise=_tokens_in(written["noise"], tensors),
             sigmas=torch.tensor(written["sigmas"], dtype=torch.float32),
-            solver=written["solver"],
+            solver=_one_of(written["solver"], SOLVERS),
             start=None if written["start"] is None else _tokens_in(written["start"], tensors),
             cfg=None if cfg is None else _cfg_in(cfg, tensors),
         )
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         if isinstance(error, CheckpointError):
             raise
         raise _no_job(path, f"{type(error).__name__}: {error}") from error
@@ -98,8 +112,17 @@ def _cfg_in(written: _Json, tensors: dict[str, Tensor]) -> TrueCFG:
         scale=written["scale"],
         start=written["start"],
         end=written["end"],
-        passes=written["passes"],
+        passes=_one_of(written["passes"], get_args(Passes)),
     )
+
+
+def _one_of(written: Any, known: Iterable[_Name]) -> _Name:
+    """A name that is known.
+
+    Raises:
+        KeyError: it is not.
+    """
+    return {one: one for one in known}[written]
 
 
 def _no_job(path: Path, found: str) -> CheckpointError:
@@ -178,11 +201,36 @@ def _tokens_out(
 
 
 def _tokens_in(written: _Json, tensors: dict[str, Tensor]) -> Tokens:
-    return Tokens(
+    rows, columns = (int(side) for side in written["grid"])
+    tokens = Tokens(
         values=tensors[written["values"]],
         ids=tensors[written["ids"]],
         cells=None if written["cells"] is None else tensors[written["cells"]],
-        grid=(written["grid"][0], written["grid"][1]),
+        grid=(rows, columns),
         latent=LATENTS[written["latent"]],
-        is_noise=written["is_noise"],
+        is_noise=bool(written["is_noise"]),
     )
+    _check_tokens(tokens)
+    return tokens
+
+
+def _check_tokens(tokens: Tokens) -> None:
+    """Refuses tokens whose parts do not fit each other.
+
+    Raises:
+        ShapeError, NonFiniteError: they do not.
+    """
+    rows, columns = tokens.grid
+    count, cells = tokens.count, tokens.cells
+    whole = cells is None and count == rows * columns
+    parts = cells is not None and cells.dtype == torch.int64 and cells.shape == (count,)
+    shapes = tokens.values.shape, tokens.ids.shape
+    needed = (count, tokens.latent.token_width), (count, len(tokens.latent.id_axes))
+    if shapes[0][1:] != needed[0] or shapes[1] != needed[1] or not (whole or parts):
+        raise ShapeError(
+            f"Tokens have values {tuple(shapes[0])} and ids {tuple(shapes[1])} on a grid of {rows} "
+            f"x {columns}.",
+            f"(batch, tokens, {needed[0][1]}) and (tokens, {needed[1][1]}) of one count.",
+            "write the job again.",
+        )
+    check_finite(tokens.ids, "position ids")

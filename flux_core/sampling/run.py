@@ -22,14 +22,14 @@ class Run:
 
     job: Job
     plan: Guided
-    x: TokenValues  # (B, N, D) float32 at sigmas[0], where the plan computes
     sigmas: Sequence[float]
     notes: tuple[str, ...]  # what it does that its settings may not lead one to expect
 
     def __iter__(self) -> Steps:
         """Yields every step; the x of the last is the image, which `finish` turns into tokens."""
         steps = torch.no_grad()(SOLVERS[self.job.solver].steps)
-        return steps(self.plan.velocity, self.x, self.sigmas, self._edit)
+        x = _begin(self.job.noise, self.sigmas[0], self.job.start).to(self.plan.device)
+        return steps(self.plan.velocity, x, self.sigmas, self._edit)
 
     def _edit(self, x: TokenValues, sigma_next: float) -> TokenValues:
         for edit in self.job.edits:
@@ -72,8 +72,7 @@ def run(network: Network, job: Job, *, may_stop: bool = False) -> Run:
         SOLVERS[job.solver].asks(levels),
         cfg,
     )
-    x = _begin(job.noise, levels[0], job.start).to(plan.device)
-    return Run(job=job, plan=plan, x=x, sigmas=levels, notes=notes)
+    return Run(job=job, plan=plan, sigmas=levels, notes=notes)
 
 
 def finish(x: TokenValues, target: Tokens) -> Tokens:
@@ -111,7 +110,7 @@ def check_computed(x: TokenValues) -> None:
 def _begin(noise: Tokens, sigma: float, start: Tokens | None) -> TokenValues:
     """Mixes noise and image as the flow has them at `sigma`, in the transformer's scale."""
     x = sigma * noise.values.float()
-    if start is None or sigma == 1.0:
+    if start is None or sigma == 1.0 or not bool(start.values.any()):  # zeros: an empty latent
         return x
     return x + (1.0 - sigma) * start.latent.to_network(start.values).to(x.device)
 

@@ -79,8 +79,9 @@ def heun(velocity: Velocity, x: TokenValues, sigmas: Sequence[float], edit: Edit
 def dpmpp_2m(velocity: Velocity, x: TokenValues, sigmas: Sequence[float], edit: Edit) -> Steps:
     """DPM-Solver++ (2M): one evaluation a step, second order by the step before.
 
-    In the time h = log(sigma / sigma_next), in which the flow's ODE is the paper's. The first
-    step and one to sigma 0 are of first order. Arguments and steps as `euler`.
+    In k-diffusion's time, log(sigma): the paper's with alpha = 1, for the denoised image of a flow
+    obeys the same ODE in sigma. The first step and one to sigma 0 are of first order. Arguments
+    and steps as `euler`.
 
     Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 2; crowsonkb/k-diffusion@21d12c9
         k_diffusion/sampling.py sample_dpmpp_2m.
@@ -104,7 +105,7 @@ def res_multistep(velocity: Velocity, x: TokenValues, sigmas: Sequence[float], e
     Exponential integrator with h = log(sigma / sigma_next) and the functions phi_1, phi_2; the
     first step and one to sigma 0 are Euler steps. Arguments and steps as `euler`.
 
-    Source: Zhang et al. 2023 (arXiv 2308.02157), section 3.2; with eta 0, as
+    Source: Zhang et al. 2023 (arXiv 2308.02157), with eta 0, as
         Comfy-Org/ComfyUI@14b05228 comfy/k_diffusion/sampling.py res_multistep.
     """
     before, h_before = None, 0.0

@@ -81,10 +81,10 @@ def drop_tokens(tokens: Tokens, present: Tensor) -> Tokens:
     Raises:
         ShapeError: another number of tokens, or none that stays.
     """
-    if present.shape != (tokens.count,) or not bool(present.any()):
+    if present.dtype != torch.bool or present.shape != (tokens.count,) or not bool(present.any()):
         raise ShapeError(
-            f"{tuple(present.shape)} tokens are marked, {int(present.sum())} of them present.",
-            f"({tokens.count},), with at least one present.",
+            f"The marks of present tokens are {present.dtype} of shape {tuple(present.shape)}.",
+            f"bool of shape ({tokens.count},), at least one of them true.",
             "mark the tokens of this image.",
         )
     cells = torch.arange(tokens.count) if tokens.cells is None else tokens.cells

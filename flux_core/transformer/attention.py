@@ -15,6 +15,7 @@ from torch import Tensor
 from ..tokens.sequence import TokenSequence
 from .rope import Rope
 
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MATH_ELEMENTS = 2**26  # of one piece of the attention matrix, where it is computed by hand
 
 
@@ -79,16 +80,22 @@ class PyTorchAttention:
 
 
 def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernels that PyTorch has on the CPU and on CUDA; elsewhere by hand, piece by piece."""
+    """Kernels that PyTorch has on the CPU and on CUDA; else by hand, piece by piece.
+
+    Those kernels check nothing: they need neighbouring channels, and stop the process where there
+    is no query or no key.
+    """
     count = q.shape[2]
-    if q.device.type == "cpu":
+    q, k, v = (one if one.stride(-1) == 1 else one.contiguous() for one in (q, k, v))
+    has_kernel = q.dtype in _KERNEL_DTYPES and count > 0 and k.shape[2] > 0
+    if has_kernel and q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    if q.device.type == "cuda":
+    if has_kernel and q.device.type == "cuda":
         kernel = torch.ops.aten._scaled_dot_product_efficient_attention
         attended, lse, *_ = kernel(q, k, v, None, True)
         return attended, lse[..., :count]  # the kernel pads it
-    size = max(1, _MATH_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
-    pieces = [_by_hand(q[:, :, at : at + size], k, v) for at in range(0, count, size)]
+    size = max(1, _MATH_ELEMENTS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    pieces = [_by_hand(q[:, :, at : at + size], k, v) for at in range(0, max(count, 1), size)]
     return torch.cat([one for one, _ in pieces], 2), torch.cat([one for _, one in pieces], 2)
 
 

@@ -183,6 +183,8 @@ class SingleBlock(nn.Module):
         q = rotate(self.norm.query(q), rope).to(v.dtype)
         k = rotate(self.norm.key(k), rope).to(v.dtype)
         attended = attention(q[:, wanted], k, v, where)
+        if not attended.shape[1]:
+            return x[:, wanted]  # no token asks; the attention has seen the keys and values
         inner = projected[:, wanted, 3 * self.hidden :]
         inner = gated(inner) if self.is_gated else F.gelu(inner, approximate="tanh")
         change = self.linear2(torch.cat((attended, inner), dim=-1))

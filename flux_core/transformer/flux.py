@@ -108,7 +108,10 @@ class Flux(nn.Module):
         planned = dict.fromkeys([*(levels if asked is None else asked), *isolated])
         device = self.ready(self.modulation)
         modulations = [
-            {sigma: self._modulation_of(one, sigma, device) for sigma in planned}
+            {
+                sigma: self._modulation_of(one.text.pooled, one.guidance, sigma, device)
+                for sigma in planned
+            }
             for one in conditionings
         ]
         device = self.ready(self.blocks)
@@ -172,22 +175,20 @@ class Flux(nn.Module):
         return self.compute_dtype or next(self.blocks.parameters()).dtype
 
     def _modulation_of(
-        self, conditioning: Conditioning, sigma: float, device: torch.device
+        self, pooled: Tensor | None, guidance: float | None, sigma: float, device: torch.device
     ) -> StepModulation:
         """Modulation of one sigma: a GEMM over several would round differently in bfloat16."""
-        pooled, batch = None, 1
-        if self.spec.pooled_width and conditioning.text.pooled is not None:
-            pooled = conditioning.text.pooled.to(device)
-            batch = pooled.shape[0]
-        guidance = None
-        if conditioning.guidance is not None:
-            guidance = torch.full((batch,), conditioning.guidance, device=device)
+        pooled = pooled.to(device) if self.spec.pooled_width and pooled is not None else None
+        batch = 1 if pooled is None else pooled.shape[0]
+        scale = None if guidance is None else torch.full((batch,), guidance, device=device)
         level = torch.full((batch,), sigma, device=device)
-        return self.modulation(level, pooled, guidance, self._dtype())
+        return self.modulation(level, pooled, scale, self._dtype())
 
-    def _modulation_later(self, conditioning: Conditioning, sigma: float) -> StepModulation:
+    def _modulation_later(
+        self, pooled: Tensor | None, guidance: float | None, sigma: float
+    ) -> StepModulation:
         """Modulation of a sigma that was not planned: its weights are loaded once more."""
-        modulation = self._modulation_of(conditioning, sigma, self.ready(self.modulation))
+        modulation = self._modulation_of(pooled, guidance, sigma, self.ready(self.modulation))
         self.ready(self.blocks)
         return modulation
 
@@ -202,20 +203,17 @@ class Flux(nn.Module):
     ) -> Plan:
         txt = self.blocks.txt_in(conditioning.text.txt.to(device, self._dtype()))
         rule, given = self.family.references, conditioning.references
-        sequence = arrange(
-            text=text_ids(txt.shape[1], target.latent),
-            target=target,
-            references=given,
-            order=rule.sequence,
-        )
-        own, references, cached = sequence, None, None
+        text = text_ids(txt.shape[1], target.latent)
         if given and rule.isolated:
-            own, key = sequence.only("text", "target"), _same_references(conditioning)
+            own = arrange(text=text, target=target)
+            sequence = arrange(text=text, target=target, references=given, order=rule.sequence)
+            references, key = None, _same_references(conditioning)
             if key not in shared:
                 shared[key] = self._cached(conditioning, sequence, modulations[0.0], device)
             cached = shared[key]
-        elif given:
-            references = self._project(given, device)
+        else:
+            own = sequence = arrange(text=text, target=target, references=given)
+            references, cached = self._project(given, device) if given else None, None
         return Plan(
             blocks=self.blocks,
             attention=self.attention,
@@ -226,7 +224,9 @@ class Flux(nn.Module):
             rope=self._rope(own, device),
             sigmas=levels,
             modulations=modulations,
-            modulate=partial(self._modulation_later, conditioning),
+            modulate=partial(
+                self._modulation_later, conditioning.text.pooled, conditioning.guidance
+            ),
             cached=cached,
         )
 

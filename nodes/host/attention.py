@@ -47,7 +47,7 @@ class ComfyAttention:
         """Which function it is, and what PyTorch may choose from."""
         chosen = attention.optimized_attention
         function = getattr(chosen, "__qualname__", None) or repr(chosen)  # it may be any callable
-        return f"{function}, {PyTorchAttention().name}"
+        return f"{getattr(chosen, '__module__', '')}.{function}, {PyTorchAttention().name}"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         """Attends from q (B, Q, H, D) to k, v (B, L, H, D); returns (B, Q, H D)."""

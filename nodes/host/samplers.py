@@ -8,10 +8,11 @@ from typing import Any
 import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.supported_models
 import torch
 from torch import Tensor
 
-from ...flux_core.specs import LatentSpec
+from ...flux_core.specs import FluxFamily
 from ...flux_core.types import Latent
 from .running import latent_format
 
@@ -20,13 +21,26 @@ class _FlowLevels(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.C
     """FLUX's noise levels, 1 for noise to 0, by which samplers know a flow model."""
 
 
+class _EvenLevels(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """The same of a model whose schedule has no shift, as ComfyUI has it for FLUX.1 [schnell]."""
+
+
+def _levels(family: FluxFamily) -> Any:
+    """The noise levels by which samplers turn percents into sigmas, with ComfyUI's shift."""
+    if family.schedule is None:
+        return _EvenLevels(comfy.supported_models.FluxSchnell)
+    known = (comfy.supported_models.Flux, comfy.supported_models.Flux2)
+    channels = family.latent.channels
+    return _FlowLevels(next(one for one in known if one.latent_format.latent_channels == channels))
+
+
 class SampledModel:
     """FLUX to ComfyUI's samplers: its latents and noise levels; the guider does its work."""
 
-    def __init__(self, latent: LatentSpec) -> None:
-        self.spec = latent
-        self.latent_format = latent_format(latent)
-        self.model_sampling = _FlowLevels()
+    def __init__(self, family: FluxFamily, model_sampling: Any) -> None:
+        self.spec = family.latent
+        self.latent_format = latent_format(family.latent)
+        self.model_sampling = model_sampling or _levels(family)
 
     def process_latent_in(self, latent: Latent) -> Latent:
         """An image's latent in the transformer's scale."""
@@ -44,10 +58,10 @@ class SampledModel:
 
 
 class SampledPatcher:
-    """The same where samplers look for a MODEL's patcher."""
+    """The same where samplers look for a MODEL's patcher; `model_sampling` is a MODEL's own."""
 
-    def __init__(self, latent: LatentSpec, device: torch.device) -> None:
-        self.model, self.load_device = SampledModel(latent), device
+    def __init__(self, family: FluxFamily, device: torch.device, model_sampling: Any) -> None:
+        self.model, self.load_device = SampledModel(family, model_sampling), device
         self.model_options: dict[str, Any] = {"transformer_options": {}}
 
     def get_model_object(self, name: str) -> Any:

@@ -5,18 +5,23 @@
 
 from typing import Any
 
+from ...flux_core.sampling.check import check_controls
 from ...flux_core.tokens.native import native_method, own_method
 from ...flux_core.tokens.pack import tokens_latent
 from ...flux_core.values import Conditioning
 from .conditioning import AnyConditioning, as_conditioning, is_guidance_off
 
 _BY_HAND = "position ids by hand: needs 'Apply To Model (FLUX)' before the sampler."
-_NO_GUIDANCE = "no guidance is set: ComfyUI takes 3.5 where the model reads one."
+_NO_GUIDANCE = (
+    "no guidance is set: ComfyUI takes 3.5 where the model reads one. Kontext's is 2.5, FLUX.2 "
+    "[dev]'s 4: set guidance on 'Reference Conditioner (FLUX)'."
+)
 
 
 def to_native(wired: AnyConditioning) -> tuple[Any, str, list[str]]:
     """Give a CONDITIONING, a report on it, and the notes in it: what ComfyUI cannot be told."""
     conditioning = as_conditioning(wired)
+    check_controls(conditioning, frozenset(), "ComfyUI's CONDITIONING")
     settings, notes = _settings(conditioning, is_off=is_guidance_off(wired))
     notes += conditioning.notes
     report = "\n".join([_describe(conditioning), *notes])

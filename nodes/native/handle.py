@@ -27,7 +27,7 @@ def as_model(model: AnyModel) -> "ModelHandle | NativeModelHandle":
 
 
 class NativeModelHandle:
-    """A native MODEL; it lives as long as the node that runs."""
+    """A native MODEL; it lives as long as the node that runs, or the guider it is in."""
 
     def __init__(self, patcher: Any) -> None:
         from .network import NativeNetwork  # reading weights' names takes time to import
@@ -39,6 +39,11 @@ class NativeModelHandle:
     def device(self) -> torch.device:
         """Where it computes."""
         return self.patcher.load_device
+
+    @property
+    def model_sampling(self) -> Any:
+        """The noise levels it carries."""
+        return self.patcher.get_model_object("model_sampling")
 
     def with_lora(self, lora: "Lora", parts: Sequence["LoraPart"]) -> Any:
         """A MODEL with a LoRA on it whenever it computes; this one stays as it is."""

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ...flux_core.errors import FamilyMismatchError, SettingError
+from ...flux_core.sampling.check import check_controls
 from ...flux_core.specs import LatentSpec
 from ...flux_core.tokens.native import NativePlaces
 from ...flux_core.values import Conditioning
@@ -86,14 +87,9 @@ def apply_places(model: Any, conditioning: Conditioning) -> Any:
         SettingError: a model that takes more than a picture, or one with replaced code.
     """
     network = native_network(model)
+    check_controls(conditioning, frozenset(), "a MODEL")
     for one in conditioning.references:
         _check_generation(network, one.tokens.latent)
-        if one.controls:
-            raise SettingError(
-                f"A reference has {' and '.join(one.controls)} set, which a MODEL cannot be told.",
-                "references as they are.",
-                "sample with [guided sampling], or with [guider] and 'SamplerCustomAdvanced'.",
-            )
     clone = model.clone()
     patches = clone.model_options["transformer_options"].get("patches", {})
     if "post_input" in patches:

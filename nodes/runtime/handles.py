@@ -78,6 +78,11 @@ class ModelHandle(NotNative):
         """Where it computes."""
         return self.patcher.load_device
 
+    @property
+    def model_sampling(self) -> None:
+        """It carries no noise levels of ComfyUI's."""
+        return
+
     @contextmanager
     def ready(
         self, job: Job, reference_kv: ReferenceKV = "auto", *, may_stop: bool = False
@@ -122,8 +127,7 @@ class ModelHandle(NotNative):
             f"Sampling {tokens + aside} tokens ({count} references, batch {batch})",
             "make the image or the batch smaller, or use fewer or smaller [references].",
         )
-        self._residency.activations = needed
-        self._residency.uses_cached = reference_kv == "kept" and aside > 0
+        self._residency.begin(needed, uses_cached=reference_kv == "kept" and aside > 0)
         return RunCache(
             {"kept": self._cached, "this run": ReferenceStore()}.get(reference_kv),
             self._identity(),

@@ -17,13 +17,29 @@ class Residency:
 
     def __init__(self, modulation: Any, blocks: Any, cached: ReferenceStore) -> None:
         self.modulation, self.blocks, self.cached = modulation, blocks, cached
-        self.activations = 0  # bytes the next run needs beside the weights
-        self.uses_cached = False  # whether it may need what was cached last, which then stays
+        self.begin(0, uses_cached=False)
+
+    def begin(self, activations: int, *, uses_cached: bool) -> None:
+        """Gets ready for a run.
+
+        Args:
+            activations: bytes it needs beside the weights.
+            uses_cached: whether it may need the references cached last, which then stay.
+        """
+        self.activations, self.uses_cached, self.is_stepping = activations, uses_cached, False
 
     def __call__(self, part: nn.Module) -> torch.device:
-        """Loads a part; returns the device it is on."""
-        if part is self.modulation.model:
+        """Loads a part; returns the device it is on.
+
+        Modulation is needed once, before the first step. A sampler that asks for more of it later
+        asks again: from then on both stay.
+        """
+        is_modulation = part is self.modulation.model
+        if is_modulation and not self.is_stepping:
             return host.load([self.modulation], 0)
-        host.unload(self.modulation)
+        if not self.is_stepping:
+            host.unload(self.modulation)
+        self.is_stepping = True
         beside = self.cached.on_device() if self.uses_cached else []
-        return host.load([self.blocks, *beside], self.activations)
+        first = [self.modulation] if is_modulation else []
+        return host.load([*first, self.blocks, *beside], self.activations)

@@ -1,4 +1,4 @@
-"""Running a Job under ComfyUI: progress, previews, cancelling, and whose sampler steps."""
+"""Running a Job under ComfyUI."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -17,6 +17,12 @@ class Handle(Protocol):
     """What samples: a model of this pack's loaders, or a native MODEL."""
 
     family: FluxFamily
+    patcher: Any  # of the part that steps
+
+    @property
+    def model_sampling(self) -> Any:
+        """ComfyUI's noise levels that a MODEL carries; None: FLUX's own."""
+        ...
 
     @property
     def device(self) -> torch.device:
@@ -30,18 +36,12 @@ class Handle(Protocol):
         ...
 
 
-def sample(
-    handle: Handle, job: Job, reference_kv: ReferenceKV = "auto", sampler: Any = None
-) -> Tokens:
-    """Samples with the job's solver, or with one of ComfyUI's own SAMPLERs in its place.
+def sample(handle: Handle, job: Job, reference_kv: ReferenceKV = "auto") -> Tokens:
+    """Samples with the job's solver, under ComfyUI's progress, previews and cancelling.
 
     Raises:
         GlassboxError: inputs that do not go together, or more than memory holds.
     """
-    if sampler is not None:
-        from ..native.guider import sample_with  # imports this file's neighbours
-
-        return sample_with(sampler, handle, job, reference_kv)
     with handle.ready(job, reference_kv) as planned:
         host.notify(planned.notes)
         last = host.drive(planned, handle.device)

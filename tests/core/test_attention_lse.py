@@ -204,3 +204,22 @@ def test_keys_and_values_are_recorded_however_a_block_asks(asks_lse: bool) -> No
     assert torch.equal(taken.key, k)
     assert torch.equal(taken.value, v)
     assert _Recorder(Without()).with_lse(q, k, v, WHERE) is None
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (3, 0), (0, 0)])
+def test_no_query_or_no_key_is_no_crash(queries: int, keys: int) -> None:
+    """PyTorch's kernel on the CPU stops the process there."""
+    q, k = torch.ones(1, queries, 2, 8), torch.ones(1, keys, 2, 8)
+    attended, lse = PyTorchAttention().with_lse(q, k, k, None)
+    assert attended.shape == (1, queries, 16)
+    assert lse.shape == (1, 2, queries)
+    assert bool((attended == 0).all()) == (keys == 0 or queries == 0)
+
+
+def test_channels_apart_in_memory_are_read_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, 7, 8, 2, generator=generator).transpose(2, 3) for _ in range(3))
+    found = PyTorchAttention().with_lse(q, k, v, None)
+    expected = PyTorchAttention().with_lse(q.contiguous(), k.contiguous(), v.contiguous(), None)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])

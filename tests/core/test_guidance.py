@@ -183,13 +183,6 @@ def test_references_reach_both_passes(network) -> None:
     assert float((results[0] - results[2]).abs().max()) > 1e-3
 
 
-def test_batches_that_do_not_match_the_noise_are_named_before_stacking() -> None:
-    with pytest.raises(ShapeError, match="reference has a batch of 2, the noise 3"):
-        join(conditioning(1, picture(1, batch=2)), conditioning(2, picture(1)), batch=3)
-    with pytest.raises(ShapeError, match="text has a batch of 2, the noise 1"):
-        join(conditioning(1, batch=2), conditioning(2), batch=1)
-
-
 def test_a_shared_reference_is_not_stored_twice() -> None:
     reference = picture(1)
     joined = join(conditioning(1, reference), conditioning(2, reference), batch=2)

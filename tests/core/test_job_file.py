@@ -175,7 +175,7 @@ def _half(path: Path) -> None:
         (lambda path: path.write_text(path.read_text()[:-30]), "JSONDecodeError"),
         (lambda path: path.write_text('{"prompt": {}}'), "KeyError: 'format'"),
         (lambda path: path.write_text("[1, 2]"), "TypeError"),
-        (lambda path: path.write_text(path.read_text().replace("4,\n   3", "")), "IndexError"),
+        (lambda path: path.write_text(path.read_text().replace("4,\n   3", "")), "ValueError"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "UnicodeDecodeError"),
         (_another_format, f"format {FORMAT + 1}"),
         (_without_a_tensor, "KeyError: 'noise.values'"),

@@ -40,7 +40,7 @@ def test_a_sampler_with_noise_of_its_own_repeats_itself(probe: dict[str, Any]) -
         ("nested latent", "SettingError", "several at once"),
         ("latent of FLUX.2", "FamilyMismatchError", "(batch, 16, height, width) for FLUX.1 nano"),
         ("rising sigmas", "SettingError", "'Schedule (FLUX)'"),
-        ("no negative pass", "SettingError", "wire negative on 'Guider (FLUX)'"),
+        ("no negative pass", "SettingError", "wire negative to 'Guider (FLUX)'"),
         ("unknown option", "SettingError", "The sampler asks for sampler_cfg_function."),
         ("no sampler", "SettingError", "A str is wired where a SAMPLER goes."),
         ("rising sigmas, ours", "SettingError", "'Schedule (FLUX)'"),
