@@ -194,8 +194,8 @@ MISTRAL_SMALL_3 = LanguageModelSpec(
     tokens=512,
     padding="left",
     pad_token="<pad>",
-    before=f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]",
-    behind="[/INST]",
+    prefix=f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]",
+    suffix="[/INST]",
     removed=("[IMG]",),
     theta=1e9,
     norm_eps=1e-5,
@@ -209,8 +209,8 @@ QWEN3_8B = LanguageModelSpec(
     tokens=512,
     padding="right",
     pad_token="<|endoftext|>",
-    before="<|im_start|>user\n",
-    behind="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    prefix="<|im_start|>user\n",
+    suffix="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
 )
 QWEN3_4B = replace(QWEN3_8B, title="Qwen3 4B", hidden=2560, ffn=9728)
 LANGUAGE_MODELS = (MISTRAL_SMALL_3, QWEN3_8B, QWEN3_4B)

@@ -35,7 +35,7 @@ _OTHER = (
 class Guider:
     """One conditioning, or two with true CFG, on one model.
 
-    Samplers ask it for the denoised latent and look at `model_patcher`, `inner_model` and `cfg`.
+    Samplers call it for the denoised latent and read `model_patcher`, `inner_model` and `cfg`.
     """
 
     def __init__(
@@ -67,16 +67,17 @@ class Guider:
         """Samples as ComfyUI's CFGGuider does.
 
         Args:
-            noise, latent_image: (B, C, h, w), unscaled; an empty latent_image is zeros.
+            noise: (B, C, h, w), standard normal.
+            latent_image: (B, C, h, w), unscaled; zeros for an empty latent.
             sampler: a native SAMPLER.
-            sigmas: (S + 1,), falling; none returns latent_image.
+            sigmas: (S + 1,), falling; with no sigmas, latent_image is returned.
             denoise_mask: where it samples, of the latent's size or of the image's in pixels.
             callback: called with step, denoised, x, steps.
             disable_pbar: no progress bar on the console.
-            seed: of the noise that the sampler itself adds.
+            seed: of the noise that the sampler adds itself.
 
         Raises:
-            GlassboxError: what the network cannot do, with the setting to change.
+            GlassboxError: something the network cannot do, with the setting to change.
         """
         with settings_named():
             if sigmas.shape[-1] == 0:
@@ -219,7 +220,7 @@ def sample_with(sampler: Any, handle: Handle, job: Job, reference_kv: ReferenceK
 
 
 def _check(sampler: Any, noise: Latent, latent_image: Latent, spec: LatentSpec) -> None:
-    """Refuses what is no SAMPLER, and latents that this network cannot make."""
+    """Raises for what is not a SAMPLER, and for latents that this network cannot make."""
     if not host.is_sampler(sampler):
         raise SettingError(
             f"A {type(sampler).__name__} is wired where a SAMPLER goes.",
@@ -243,7 +244,7 @@ def _check(sampler: Any, noise: Latent, latent_image: Latent, spec: LatentSpec) 
 
 
 def _check_mask(mask: Tensor, latent: Latent, spec: LatentSpec) -> None:
-    """Refuses a mask that ComfyUI would stretch: neither of the latent's size nor the image's."""
+    """Raises for a mask that ComfyUI would stretch: neither the latent's size nor the image's."""
     height, width = latent.shape[-2:]
     sizes = [(height, width), (height * spec.downscale, width * spec.downscale)]
     if getattr(mask, "is_nested", False) or tuple(mask.shape[-2:]) not in sizes:
@@ -257,7 +258,7 @@ def _check_mask(mask: Tensor, latent: Latent, spec: LatentSpec) -> None:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuses what a sampler puts on the model and only ComfyUI's own guiders follow."""
+    """Raises for model options of a sampler that only ComfyUI's own guiders follow."""
     unknown = [name for name, value in options.items() if value and name not in _FOLLOWED]
     if unknown:
         raise SettingError(
@@ -280,5 +281,5 @@ def _level(sigma: Tensor) -> float:
 
 
 def _is_image(latent: Latent) -> bool:
-    """Whether there is anything in a latent: ComfyUI takes zeros for an empty one."""
+    """Whether a latent holds an image: ComfyUI reads all zeros as empty."""
     return bool(torch.count_nonzero(latent))

@@ -1,4 +1,4 @@
-"""Which part of a transformer is where it computes."""
+"""Which part of a transformer is loaded."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from .reference_cache import ReferenceStore
 class Residency:
     """Loads the part of a transformer that computes next, and unloads the other.
 
-    It knows the patchers, not the network: a network that held its handle would never be freed.
+    It holds the patchers, not the network: in a reference cycle the network would not be freed.
     """
 
     def __init__(self, modulation: Any, blocks: Any, cached: ReferenceStore) -> None:
         self.modulation, self.blocks, self.cached = modulation, blocks, cached
-        self.activations = 0  # bytes the next run needs beside the weights
-        self.uses_cached = False  # whether it may need what was cached last, which then stays
+        self.activations = 0  # bytes the next run needs besides the weights
+        self.uses_cached = False  # whether the last cached entry stays loaded beside them
 
     def __call__(self, part: nn.Module) -> torch.device:
         """Loads a part; returns the device it is on."""

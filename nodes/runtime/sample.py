@@ -1,4 +1,4 @@
-"""Running a Job under ComfyUI: progress, previews, cancelling, and whose sampler steps."""
+"""Runs a Job under ComfyUI, with its progress, previews and cancelling, or its samplers."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -14,19 +14,19 @@ from .reference_cache import ReferenceKV
 
 
 class Handle(Protocol):
-    """What samples: a model of this pack's loaders, or a native MODEL."""
+    """A model that can sample: one of this pack's loaders, or a native MODEL."""
 
     family: FluxFamily
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         ...
 
     def ready(
         self, job: Job, reference_kv: ReferenceKV = "auto", *, may_stop: bool = False
     ) -> AbstractContextManager[Run]:
-        """A job on this model, planned and loaded."""
+        """Yields a job on this model, planned and with its weights loaded."""
         ...
 
 
