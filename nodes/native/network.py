@@ -125,13 +125,9 @@ class NativePlan:
         if wrapper is None:
             denoised = model.apply_model(latent, levels, **inputs)
         else:
-            arguments = {
-                "input": latent,
-                "timestep": levels,
-                "c": inputs,
-                "cond_or_uncond": [self.side],
-            }
-            denoised = wrapper(model.apply_model, arguments)
+            sides = [self.side]
+            call = {"input": latent, "timestep": levels, "c": inputs, "cond_or_uncond": sides}
+            denoised = wrapper(model.apply_model, call)
         if getattr(denoised, "shape", None) != latent.shape:
             raise SettingError(
                 f"A wrapper on the MODEL gave back a {_described(denoised)}.",
