@@ -28,7 +28,7 @@ class LatentSpec:
     channels: int
     downscale: int  # pixels per latent cell, each axis
     patch: int  # latent cells per token, each axis
-    scale: float  # the transformer sees scale * (latent - shift)
+    scale: float  # the transformer reads scale * (latent - shift)
     shift: float
     id_axes: tuple[str, ...]  # index, row, column; FLUX.2 has one more, for text tokens
     text_axis: int | None = None  # the id axis that counts text tokens; None: text has all zeros

@@ -157,8 +157,8 @@ class InspectTokens(Node):
         model: AnyModel | None = None,
     ) -> io.NodeOutput:
         handle = None if model is None else as_model(model)
-        seen = as_conditioning(conditioning, handle)
+        described = as_conditioning(conditioning, handle)
         rule = None if handle is None else handle.family.references
         target = None if noise is None else as_tokens(noise)
-        sequence = describe_sequence(seen, target, rule)
+        sequence = describe_sequence(described, target, rule)
         return io.NodeOutput(sequence_report(sequence), ui={"glassbox_tokens": [sequence]})

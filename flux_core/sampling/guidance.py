@@ -146,7 +146,7 @@ class Guided:
         return positive if negative is None else negative + self.scale * (positive - negative)
 
     def passes(self, x: TokenValues, sigma: float) -> tuple[TokenValues, TokenValues | None]:
-        """Returns each pass's velocity, (B, N, D) float32; None for a negative that does not run."""
+        """Returns each pass's velocity, (B, N, D) float32; None if the negative does not run."""
         if self.window is not None and sigma in self.window:
             if self.both is not None:
                 halves = self.both.velocity(torch.cat((x, x)), sigma).float().chunk(2)

@@ -201,21 +201,21 @@ class Flux(nn.Module):
         shared: dict[tuple[object, ...], Iterable[KeyValue]],
     ) -> Plan:
         txt = self.blocks.txt_in(conditioning.text.txt.to(device, self._dtype()))
-        rule, seen = self.family.references, conditioning.references
+        rule, wired = self.family.references, conditioning.references
         sequence = arrange(
             text=text_ids(txt.shape[1], target.latent),
             target=target,
-            references=seen,
+            references=wired,
             order=rule.sequence,
         )
         own, references, cached = sequence, None, None
-        if seen and rule.isolated:
+        if wired and rule.isolated:
             own, key = sequence.only("text", "target"), _reference_key(conditioning)
             if key not in shared:
                 shared[key] = self._cached(conditioning, sequence, modulations[0.0], device)
             cached = shared[key]
-        elif seen:
-            references = self._project(seen, device)
+        elif wired:
+            references = self._project(wired, device)
         return Plan(
             blocks=self.blocks,
             attention=self.attention,

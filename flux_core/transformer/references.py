@@ -98,7 +98,7 @@ def _insert(own: Tensor, cached: Tensor, at: int) -> Tensor:
 class ReferencePass:
     """The forward pass of isolated references, with no text and no target.
 
-    Each iteration computes keys and values anew, block by block.
+    Each iteration recomputes keys and values, block by block.
 
     Source: black-forest-labs/flux2 src/flux2/model.py forward_kv_extract.
     """

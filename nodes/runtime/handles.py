@@ -111,8 +111,8 @@ class ModelHandle(NotNative):
         tokens = texts + job.noise.count + references - aside
         needed += memory.transformer_bytes(spec, tokens, batch, size)
         needed += memory.attended_bytes(spec, aside, batch, size) + self._dequantised
-        seen = [one.tokens for side in sides for one in side.references]
-        images = max((one.values.shape[0] for one in seen), default=1)
+        wired = [one.tokens for side in sides for one in side.references]
+        images = max((one.values.shape[0] for one in wired), default=1)
         alone = memory.transformer_bytes(spec, aside, images, size) + self._dequantised
         count = max(len(side.references) for side in sides)
         memory.require_memory(

@@ -18,12 +18,12 @@ class Residency:
     def __init__(self, modulation: Any, blocks: Any, cached: ReferenceStore) -> None:
         self.modulation, self.blocks, self.cached = modulation, blocks, cached
         self.activations = 0  # bytes the next run needs besides the weights
-        self.uses_cached = False  # whether the last cached entry stays loaded beside them
+        self.uses_cached = False  # whether the last cached entry stays loaded along with them
 
     def __call__(self, part: nn.Module) -> torch.device:
         """Loads a part; returns the device it is on."""
         if part is self.modulation.model:
             return host.load([self.modulation], 0)
         host.unload(self.modulation)
-        beside = self.cached.on_device() if self.uses_cached else []
-        return host.load([self.blocks, *beside], self.activations)
+        cached = self.cached.on_device() if self.uses_cached else []
+        return host.load([self.blocks, *cached], self.activations)
