@@ -1,7 +1,7 @@
-"""What differs between the models, as frozen data.
+"""The differences between the models, as frozen data.
 
-A new family is one value here, one parity test and one workflow. No other file asks for a
-family by name; where the data does not say enough, a field is missing in `specs.py`.
+A new family is one value here, one parity test and one workflow. No other file tests for a
+family by name; where the data is not enough, a field is missing in `specs.py`.
 """
 
 from dataclasses import replace
@@ -32,8 +32,8 @@ FLUX1_LATENT = LatentSpec(
     first_index=1.0,
     index_step=1.0,
 )
-# The nano autoencoder is trained so that FLUX.1's scale and shift normalise it too; the latents
-# still mean different pictures, hence a name of its own.
+# The nano autoencoder is trained so that FLUX.1's scale and shift normalise it too; its latents
+# still decode to different images, hence a name of its own.
 NANO_FLUX1_LATENT = replace(
     FLUX1_LATENT,
     name="FLUX.1 nano",
@@ -98,7 +98,7 @@ FLUX1_SCHNELL = replace(
     guidance="none",
     is_step_distilled=True,
     default_steps=4,
-    default_guidance=0.0,  # huggingface/diffusers; it has no guidance input
+    default_guidance=0.0,  # as in huggingface/diffusers; it has no guidance input
     file_hints=("schnell",),
 )
 NANO_KONTEXT = FluxFamily(
@@ -194,8 +194,8 @@ MISTRAL_SMALL_3 = LanguageModelSpec(
     tokens=512,
     padding="left",
     pad_token="<pad>",
-    before=f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]",
-    behind="[/INST]",
+    prefix=f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]",
+    suffix="[/INST]",
     removed=("[IMG]",),
     theta=1e9,
     norm_eps=1e-5,
@@ -209,14 +209,14 @@ QWEN3_8B = LanguageModelSpec(
     tokens=512,
     padding="right",
     pad_token="<|endoftext|>",
-    before="<|im_start|>user\n",
-    behind="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    prefix="<|im_start|>user\n",
+    suffix="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
 )
 QWEN3_4B = replace(QWEN3_8B, title="Qwen3 4B", hidden=2560, ffn=9728)
 LANGUAGE_MODELS = (MISTRAL_SMALL_3, QWEN3_8B, QWEN3_4B)
 
 _KLEIN_REFERENCES = ReferenceSpec(trained=4, several_px=FLUX2_SEVERAL_REFERENCES.most_px)
-_FLUX2_REFERENCES = replace(_KLEIN_REFERENCES, trained=6)  # dev: recommended at most
+_FLUX2_REFERENCES = replace(_KLEIN_REFERENCES, trained=6)  # dev: the most that is recommended
 FLUX2_DEV = FluxFamily(
     name="flux2-dev",
     title="FLUX.2 [dev]",
@@ -311,7 +311,7 @@ LATENTS = {
     latent.name: latent
     for latent in (FLUX1_LATENT, NANO_FLUX1_LATENT, FLUX2_LATENT, NANO_FLUX2_LATENT)
 }
-TOKEN_PX = max(latent.token_px for latent in LATENTS.values())  # sides that every model takes
+TOKEN_PX = max(latent.token_px for latent in LATENTS.values())  # a multiple suits every model
 REFERENCE_SIZES = {
     "FLUX.2 one reference": FLUX2_ONE_REFERENCE,
     "FLUX.2 several references": FLUX2_SEVERAL_REFERENCES,
@@ -324,8 +324,8 @@ AUTOENCODERS = (
     NANO_FLUX2_AUTOENCODER,
 )
 
-# In the order their file hints are tried: "flux1-dev-kontext" is Kontext. Of several that a file
-# without a hint can be, the last is taken: the plainest.
+# In the order their file hints are tried: "flux1-dev-kontext" is Kontext. A file
+# without a hint that fits several is taken for the last of them: the plainest.
 FAMILIES = {
     family.name: family
     for family in (

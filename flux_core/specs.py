@@ -1,4 +1,4 @@
-"""The shapes of the data in `families.py`: what one model can differ in from another."""
+"""The types of the data in `families.py`: what can differ between models."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -12,35 +12,35 @@ Guidance = Literal["embedded", "true cfg", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceSize:
-    """Which pictures a model takes as references; the published code refuses the others."""
+    """The sizes of images that a model takes as references; the published code rejects others."""
 
-    shortest_px: int  # the least a side may have
-    longest_aspect: float  # the most the long side may have, in short sides
-    most_px: int  # the most pixels in all: a larger picture is scaled down
+    shortest_px: int  # the shortest valid side
+    longest_aspect: float  # the highest valid ratio of long to short side
+    most_px: int  # the most pixels in all: a larger image is scaled down
     multiple: int  # what both sides are cropped to, in pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSpec:
-    """The latent as ComfyUI hands it over, and how the transformer reads it."""
+    """The latent in ComfyUI's layout, and how the transformer reads it."""
 
     name: str
     channels: int
     downscale: int  # pixels per latent cell, each axis
     patch: int  # latent cells per token, each axis
-    scale: float  # the transformer sees scale * (latent - shift)
+    scale: float  # the transformer reads scale * (latent - shift)
     shift: float
-    id_axes: tuple[str, ...]  # index, row, column; FLUX.2 counts text tokens on one more
-    text_axis: int | None = None  # the id axis that counts text tokens; None: text stays at 0
-    first_index: float  # where references begin on the first id axis; the target is at 0
+    id_axes: tuple[str, ...]  # index, row, column; FLUX.2 has one more, for text tokens
+    text_axis: int | None = None  # the id axis that counts text tokens; None: text has all zeros
+    first_index: float  # the first reference's first id; the target's is 0
     index_step: float  # from one reference to the next, for placement "index"
-    placement: Placement = "offset"  # of references, where nobody says another
-    reference: ReferenceSize | None = None  # what is taken as a reference; None: any size
-    # Red, green, blue in -1..1 from each scaled channel, then what is added; () = ComfyUI's own.
+    placement: Placement = "offset"  # the default for references
+    reference: ReferenceSize | None = None  # the valid sizes of references; None: any
+    # Red, green, blue in -1..1 from each scaled channel, then the bias; (): ComfyUI's own.
     preview_rgb: tuple[tuple[float, float, float], ...] = ()
 
     def to_network(self, values: Tensor) -> Tensor:
-        """Scale and shift a latent, or its tokens, as the transformer reads it; float32."""
+        """Returns a latent, or its tokens, in the transformer's scale and shift; float32."""
         return (values.float() - self.shift) * self.scale
 
     def from_network(self, values: Tensor) -> Tensor:
@@ -54,13 +54,13 @@ class LatentSpec:
 
     @property
     def token_px(self) -> int:
-        """Pixels per token, each axis: picture sides are multiples of this."""
+        """Pixels per token, each axis: image sides are multiples of it."""
         return self.downscale * self.patch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerSpec:
-    """Shape of the transformer; everything but axes and theta is read from a checkpoint."""
+    """Shape of the transformer; all but axes and theta can be read from a checkpoint."""
 
     hidden: int
     double_blocks: int
@@ -95,7 +95,7 @@ class TransformerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoencoderSpec:
-    """Shape of the autoencoder; the group count is the only part a checkpoint does not show."""
+    """Shape of the autoencoder; all but the group count can be read from a checkpoint."""
 
     channels: int
     channel_mult: tuple[int, ...]
@@ -115,7 +115,7 @@ class AutoencoderSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipT5Spec:
-    """FLUX.1's text: CLIP's pooled vector and T5's sequence; lengths they pad to, in tokens."""
+    """FLUX.1's text: CLIP's pooled vector and T5's sequence, padded to these lengths in tokens."""
 
     clip_tokens: int
     t5_tokens: int
@@ -129,22 +129,22 @@ class ClipT5Spec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageModelSpec:
-    """FLUX.2's text: hidden states of a language model, read between its layers.
+    """FLUX.2's text: hidden states of a language model, taken after some of its layers.
 
-    The prompt stands between `before` and `behind`, is cut to fit and padded to `tokens`.
+    The prompt goes between `prefix` and `suffix`; all is truncated or padded to `tokens`.
     """
 
     title: str
     architecture: Literal["qwen3", "mistral3"]
     hidden: int
     ffn: int
-    layers: tuple[int, ...]  # hidden states after so many layers, concatenated
+    layers: tuple[int, ...]  # hidden states after this many layers, concatenated
     tokens: int
     padding: Literal["left", "right"]
     pad_token: str
-    before: str
-    behind: str
-    removed: tuple[str, ...] = ()  # taken out of the prompt
+    prefix: str
+    suffix: str
+    removed: tuple[str, ...] = ()  # removed from the prompt
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
@@ -165,15 +165,15 @@ class LinearShift:
     max_shift: float = 1.15
 
     def mu(self, tokens: int, steps: int) -> float:
-        """Give the shift of a target of so many tokens; every number of steps has the same."""
+        """Returns mu for a target of so many tokens; `steps` is not used."""
         del steps
-        place = (tokens - self.base_tokens) / (self.max_tokens - self.base_tokens)
-        return self.base_shift + place * (self.max_shift - self.base_shift)
+        fraction = (tokens - self.base_tokens) / (self.max_tokens - self.base_tokens)
+        return self.base_shift + fraction * (self.max_shift - self.base_shift)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmpiricalShift:
-    """FLUX.2's schedule: mu depends on tokens and steps, up to a size above which on tokens only.
+    """FLUX.2's schedule: mu depends on tokens and steps; above `most_tokens`, on tokens only.
 
     Source: black-forest-labs/flux2@ab7cca6 src/flux2/sampling.py compute_empirical_mu.
     """
@@ -183,7 +183,7 @@ class EmpiricalShift:
     most_tokens: int = 4300
 
     def mu(self, tokens: int, steps: int) -> float:
-        """Give the shift of a target of so many tokens in so many steps."""
+        """Returns mu for a target of so many tokens in so many steps."""
         few, many = (slope * tokens + intercept for _, slope, intercept in (self.few, self.many))
         if tokens > self.most_tokens:
             return many
@@ -196,13 +196,13 @@ ShiftSpec: TypeAlias = LinearShift | EmpiricalShift | None  # None: sigmas fall 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceSpec:
-    """What references a model knows."""
+    """How a model reads references."""
 
-    trained: int  # the most a picture had in training, or that its maker recommends
-    several_px: int = 0  # the most pixels of each where there are several; 0: no such limit
+    trained: int  # the most per image in training, or that the publisher recommends
+    several_px: int = 0  # the most pixels of each if there are several; 0: no limit
     sequence: tuple[SegmentKind, ...] = ("text", "target", "reference")
-    # Isolated references see references only, at t = 0: their keys and values hold for every
-    # step, prompt and size.
+    # Isolated references attend to references only, at t = 0: their keys and values are the same
+    # in every step, for every prompt and size.
     isolated: bool = False
 
 
@@ -219,12 +219,12 @@ class FluxFamily:
     schedule: ShiftSpec
     guidance: Guidance
     default_steps: int
-    default_guidance: float  # the network's input, or the scale of true CFG
+    default_guidance: float  # the guidance input, or the scale of true CFG
     is_step_distilled: bool = False
     file_hints: tuple[str, ...]  # substrings of file names; a hint is reported as a guess
     source: str
 
     @property
     def is_guidance_distilled(self) -> bool:
-        """Guidance is an input of the network."""
+        """Whether guidance is an input of the network."""
         return self.transformer.has_guidance

@@ -10,7 +10,7 @@ from typing import Annotated, TypeAlias
 from torch import Tensor
 
 Image: TypeAlias = Annotated[Tensor, "B H W 3, 0..1"]  # ComfyUI's IMAGE
-Latent: TypeAlias = Annotated[Tensor, "B C h w"]  # as the autoencoder makes it, unscaled
+Latent: TypeAlias = Annotated[Tensor, "B C h w"]  # as the autoencoder returns it, unscaled
 TokenValues: TypeAlias = Annotated[Tensor, "B N D"]
 Ids: TypeAlias = Annotated[Tensor, "N A, float32"]
 Sigmas: TypeAlias = Annotated[Tensor, "S+1, float32, 1 = noise, falling to 0"]

@@ -16,9 +16,9 @@ class TokenCount:
     """What one text encoder made of the prompt."""
 
     encoder: str  # "CLIP-L", "T5"
-    used: int  # tokens of the prompt that were encoded, begin and end marks included
+    used: int  # tokens of the prompt that were encoded, start and end tokens included
     limit: int  # tokens the encoder takes
-    cut: str = ""  # the end of the prompt that did not fit, as text; "" when all of it fits
+    cut: str = ""  # the end of the prompt that did not fit, as text; "" if all of it fits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class TextFeatures:
     txt: Tensor  # (B, T, E)
     pooled: Tensor | None  # (B, P)
     counts: tuple[TokenCount, ...] = ()
-    notes: tuple[str, ...] = ()  # what became of the prompt that one may not expect
+    notes: tuple[str, ...] = ()  # on changes to the prompt that one may not expect
     source: str = ""  # the title of the encoders that made it
 
 
@@ -36,13 +36,13 @@ class TextFeatures:
 class Tokens:
     """An image, or noise, as a sequence of tokens with their position ids.
 
-    Values of an image are the autoencoder's latent as it is (ComfyUI's LATENT convention): the
-    transformer's scale and shift are applied inside the plan. Noise is standard normal.
+    An image's values are the autoencoder's latent, unscaled (ComfyUI's LATENT convention): the
+    transformer's scale and shift are applied in the plan. Noise is standard normal.
     """
 
     values: TokenValues
     ids: Ids
-    grid: tuple[int, int]  # rows, columns; where tokens lie, not how many there are
+    grid: tuple[int, int]  # rows, columns of the image, dropped tokens included
     latent: LatentSpec
     is_noise: bool = False
     cells: Tensor | None = None  # (N,) int64: the cells that are present, row by row; None: all
@@ -55,39 +55,39 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """An image that every step sees, and how it is seen; the defaults change nothing."""
+    """A reference image, and how the target attends to it; the defaults change nothing."""
 
     tokens: Tokens
     name: str = ""
     strength: float = 1.0
     mask: Tensor | None = None  # (N,) 0..1, a weight for each token
-    steps: tuple[float, float] = (0.0, 1.0)  # the part of the steps that sees it
-    blocks: tuple[int, ...] | None = None  # the blocks that see it, doubles first; None: all
+    steps: tuple[float, float] = (0.0, 1.0)  # the part of the steps that read it
+    blocks: tuple[int, ...] | None = None  # the blocks that read it, doubles first; None: all
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """Names of what is not at its default: a network that reads it says so in `supports`."""
-        asked = {
+        """Names of settings not at their default; a network's `supports` lists those it follows."""
+        is_set = {
             "strength": self.strength != 1.0,
             "mask": self.mask is not None,
             "steps": self.steps != (0.0, 1.0),
             "blocks": self.blocks is not None,
             "dropped tokens": self.tokens.cells is not None,
         }
-        return tuple(name for name, is_asked in asked.items() if is_asked)
+        return tuple(name for name, value in is_set.items() if value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditioning:
-    """What every step sees beside the noisy tokens."""
+    """What every step reads besides the noisy tokens."""
 
     text: TextFeatures
     references: tuple[Reference, ...] = ()
     guidance: float | None = None  # None: the model's default
-    notes: tuple[str, ...] = ()  # what became of it that one may not expect, said by the sampler
+    notes: tuple[str, ...] = ()  # shown by the sampler
 
     def __post_init__(self) -> None:
-        """Refuse a guidance that is no number from 0 to 100."""
+        """Raises if guidance is not a number from 0 to 100."""
         if self.guidance is not None and not 0.0 <= self.guidance <= MAX_GUIDANCE:
             raise SettingError(
                 f"guidance is {self.guidance}.",
@@ -98,10 +98,10 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """What was done to a picture to make its size legal; all sizes are (height, width) in px.
+    """What was done to an image to make its size valid; all sizes are (height, width) in px.
 
-    The picture was cropped by `crop` (top, left, height, width; of the original), resized to
-    `resized`, and set at `offset` (top, left) into a canvas of `canvas`.
+    The image was cropped to `crop` (top, left, height, width; of the original), resized to
+    `resized`, and placed at `offset` (top, left) on a canvas of size `canvas`.
     """
 
     original: tuple[int, int]

@@ -1,4 +1,4 @@
-"""The nodes, in the order a picture is made."""
+"""The nodes, in the order in which an image is made."""
 
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
@@ -40,7 +40,7 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class Glassbox(ComfyExtension):
-    """What ComfyUI asks for when it loads the pack."""
+    """The extension that ComfyUI loads."""
 
     @override
     async def on_load(self) -> None:

@@ -1,4 +1,4 @@
-"""Out to ComfyUI's own nodes: conditioning, position ids on a MODEL, and a GUIDER."""
+"""For ComfyUI's own nodes: a CONDITIONING, position ids on a MODEL, and a GUIDER."""
 
 from comfy_api.latest import io
 from typing_extensions import override
@@ -42,7 +42,7 @@ class ToConditioning(Node):
     @classmethod
     @override
     def execute(cls, conditioning: AnyConditioning) -> io.NodeOutput:
-        from .native.conditioning_out import to_native  # imported with the first use: it takes time
+        from .native.conditioning_out import to_native  # imported on first use: it takes time
 
         native, report, notes = to_native(conditioning)
         host.notify(notes)
@@ -57,8 +57,8 @@ class ApplyToModel(Node):
             node_id="GlassboxApplyToModel",
             display_name="Apply To Model (FLUX)",
             category=_CATEGORY,
-            description="Put the places of the references, and the length of the text, onto a "
-            "copy of ComfyUI's own MODEL. The references themselves come from To Conditioning.",
+            description="Put the position ids of the references, and the length of the text, onto "
+            "a copy of ComfyUI's own MODEL. The references themselves come from To Conditioning.",
             search_aliases=["rope ids", "img_ids", "native", "ksampler", "model patch"],
             inputs=[
                 io.Model.Input(
@@ -77,9 +77,9 @@ class ApplyToModel(Node):
     @classmethod
     @override
     def execute(cls, model: io.Model.Type, conditioning: AnyConditioning) -> io.NodeOutput:
-        from .native.model import apply_places
+        from .native.model import apply_positions
 
-        return io.NodeOutput(apply_places(model, as_conditioning(conditioning)))
+        return io.NodeOutput(apply_positions(model, as_conditioning(conditioning)))
 
 
 class GuiderNode(Node):
@@ -126,9 +126,10 @@ class GuiderNode(Node):
         reference_kv: ReferenceKV = "auto",
     ) -> io.NodeOutput:
         handle = as_model(model)
-        given = as_conditioning(conditioning, handle)
+        positive = as_conditioning(conditioning, handle)
         settings = None
         if negative is not None:
             avoid = as_conditioning(negative, handle, "negative")
             settings = TrueCFG(negative=avoid, scale=cfg, start=start, end=end, passes=passes)
-        return io.NodeOutput(Guider(handle, given, settings, choose(reference_kv, handle.family)))
+        chosen = choose(reference_kv, handle.family)
+        return io.NodeOutput(Guider(handle, positive, settings, chosen))

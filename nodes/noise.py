@@ -1,4 +1,4 @@
-"""Noise, and the noise level of every step."""
+"""The noise, and the noise level of every step."""
 
 from comfy_api.latest import io
 from typing_extensions import override

@@ -1,4 +1,4 @@
-"""Text, references and guidance: what every step sees beside the noisy tokens."""
+"""Text, references and guidance: what every step reads besides the noisy tokens."""
 
 from comfy_api.latest import io
 from typing_extensions import override
@@ -13,7 +13,7 @@ from .native.latent import as_tokens, is_latent
 from .node import Node
 from .sockets import ConditioningSocket, text_input, tokens_input
 
-_AUTO_GUIDANCE = -1.0  # saved graphs hold numbers, so auto is one that no guidance is
+_AUTO_GUIDANCE = -1.0  # saved graphs hold numbers, so auto is one outside 0..100
 _MAX_REFERENCES = 100  # ComfyUI's own limit for inputs that grow
 _NAMES = [f"reference_{number}" for number in range(1, _MAX_REFERENCES + 1)]
 
@@ -94,12 +94,12 @@ class ReferenceConditioner(Node):
             latent = placed[0].latent
             notes.append(f"placement is {latent.placement}, the default of {latent.name}.")
         host.notify(notes)
-        seen = tuple(Reference(tokens=one) for one in placed)
-        return io.NodeOutput(Conditioning(text=features, references=seen, guidance=strength))
+        final = tuple(Reference(tokens=one) for one in placed)
+        return io.NodeOutput(Conditioning(text=features, references=final, guidance=strength))
 
 
 def _is_tokens_by_name(wired: object) -> bool:
-    """Judge what the growing input holds; a workflow written by hand may hold anything."""
+    """Whether the growing input holds tokens by name; a hand-written workflow may hold anything."""
     return isinstance(wired, dict) and all(
         isinstance(one, Tokens | None) or is_latent(one) for one in wired.values()
     )

@@ -1,4 +1,4 @@
-"""The samplers."""
+"""The samplers: guided, and with true CFG."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def _solver_input() -> io.Combo.Input:
 
 
 def reference_kv_input() -> io.Combo.Input:
-    """How keys and values of isolated references are cached."""
+    """The input that says how keys and values of isolated references are cached."""
     return io.Combo.Input(
         "reference_kv",
         options=list(REFERENCE_KV),
@@ -213,10 +213,10 @@ class SampleTrueCFG(Node):
         sampler: io.Sampler.Type | None = None,
     ) -> io.NodeOutput:
         handle = as_model(model)
-        make = as_conditioning(positive, handle, "positive")
+        wanted = as_conditioning(positive, handle, "positive")
         avoid = as_conditioning(negative, handle, "negative")
         job = Job(
-            conditioning=make,
+            conditioning=wanted,
             noise=noise,
             sigmas=sigmas,
             solver=solver,

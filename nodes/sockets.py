@@ -1,4 +1,4 @@
-"""The sockets this pack owns: each carries one value of `flux_core`, or a handle on a model."""
+"""This pack's own sockets: each carries one value of `flux_core`, or a handle on a model."""
 
 from comfy_api.latest import io
 
@@ -8,7 +8,7 @@ from .runtime import handles
 
 @io.comfytype(io_type="GLASSBOX_MODEL")
 class ModelSocket(io.ComfyTypeIO):
-    """A transformer, and what ComfyUI needs to move it."""
+    """A transformer, and what ComfyUI needs to load and unload it."""
 
     Type = handles.ModelHandle
 
@@ -22,7 +22,7 @@ def model_input(tooltip: str, *, optional: bool = False) -> io.MultiType.Input:
 
 @io.comfytype(io_type="GLASSBOX_TEXT_ENCODERS")
 class TextEncodersSocket(io.ComfyTypeIO):
-    """The text encoders, and what ComfyUI needs to move them."""
+    """The text encoders, and what ComfyUI needs to load and unload them."""
 
     Type = handles.TextEncodersHandle
 
@@ -34,7 +34,7 @@ def text_encoders_input(tooltip: str) -> io.MultiType.Input:
 
 @io.comfytype(io_type="GLASSBOX_AUTOENCODER")
 class AutoencoderSocket(io.ComfyTypeIO):
-    """An autoencoder, and what ComfyUI needs to move it."""
+    """An autoencoder, and what ComfyUI needs to load and unload it."""
 
     Type = handles.AutoencoderHandle
 
@@ -58,13 +58,13 @@ def text_input(tooltip: str) -> io.MultiType.Input:
 
 @io.comfytype(io_type="GLASSBOX_TOKENS")
 class TokensSocket(io.ComfyTypeIO):
-    """A picture, or noise, as tokens with their places."""
+    """An image, or noise, as tokens with their position ids."""
 
     Type = values.Tokens
 
 
 def tokens_input(name: str, tooltip: str, *, optional: bool = False) -> io.MultiType.Input:
-    """An input that takes tokens, or ComfyUI's own LATENT, placed as a target."""
+    """An input that takes tokens, or ComfyUI's own LATENT with a target's position ids."""
     return io.MultiType.Input(
         name, types=[TokensSocket, io.Latent], tooltip=tooltip, optional=optional
     )
@@ -86,6 +86,6 @@ def conditioning_input(name: str, tooltip: str, *, optional: bool = False) -> io
 
 @io.comfytype(io_type="GLASSBOX_FIT")
 class FitSocket(io.ComfyTypeIO):
-    """How a picture was made to fit, enough to undo it."""
+    """How an image was made to fit, in enough detail to undo it."""
 
     Type = values.Fit

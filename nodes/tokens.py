@@ -1,4 +1,4 @@
-"""Tokens: their places, ComfyUI's latents, and a look at the whole sequence."""
+"""Tokens: their position ids, to and from ComfyUI's latents, and the whole sequence drawn."""
 
 from comfy_api.latest import io
 from typing_extensions import override
@@ -16,10 +16,10 @@ from .node import Node
 from .sockets import TokensSocket, conditioning_input, model_input, tokens_input
 
 _CATEGORY = "FLUX Glassbox/tokens"
-_FARTHEST = 4096.0  # tokens, or pictures: far beyond any that fits in memory
+_FARTHEST = 4096.0  # tokens, or images: far beyond any that fits in memory
 
 
-def _place_input(name: str, default: float, tooltip: str) -> io.Float.Input:
+def _position_input(name: str, default: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input(
         name,
         default=default,
@@ -44,14 +44,14 @@ class PositionIds(Node):
             search_aliases=["rope ids", "img_ids", "place reference", "offset"],
             inputs=[
                 tokens_input("tokens", "From Encode and Pack, or a native LATENT."),
-                _place_input(
+                _position_input(
                     "index",
                     1.0,
                     "Which picture: 0 is the one being made, Kontext's reference is 1, FLUX.2's "
                     "are 10, 20, 30 and so on.",
                 ),
-                _place_input("row", 0.0, "Row of the top left token, in tokens of 16 px."),
-                _place_input("column", 0.0, "Column of the top left token, in tokens of 16 px."),
+                _position_input("row", 0.0, "Row of the top left token, in tokens of 16 px."),
+                _position_input("column", 0.0, "Column of the top left token, in tokens of 16 px."),
             ],
             outputs=[TokensSocket.Output("tokens")],
         )
@@ -106,7 +106,7 @@ class UnpackLatent(Node):
             display_name="Unpack Latent (FLUX)",
             category=_CATEGORY,
             description="Lay tokens out as one of ComfyUI's latents. Every value comes through "
-            "unchanged; places are dropped, a latent has none.",
+            "unchanged; position ids are dropped, a latent has none.",
             search_aliases=["tokens to latent", "unpatchify"],
             inputs=[TokensSocket.Input("tokens", tooltip="From a sampler, or Encode and Pack.")],
             outputs=[io.Latent.Output("latent")],
@@ -157,8 +157,8 @@ class InspectTokens(Node):
         model: AnyModel | None = None,
     ) -> io.NodeOutput:
         handle = None if model is None else as_model(model)
-        given = as_conditioning(conditioning, handle)
+        described = as_conditioning(conditioning, handle)
         rule = None if handle is None else handle.family.references
         target = None if noise is None else as_tokens(noise)
-        sequence = describe_sequence(given, target, rule)
+        sequence = describe_sequence(described, target, rule)
         return io.NodeOutput(sequence_report(sequence), ui={"glassbox_tokens": [sequence]})

@@ -1,4 +1,4 @@
-"""Is this a job for this network? Refused before anything is computed, by the name of the input."""
+"""Checks that a job fits a network, before anything is computed; errors name the input."""
 
 from collections.abc import Iterator
 
@@ -15,11 +15,11 @@ from .solvers import SOLVERS
 
 
 def check_job(network: Network, job: Job) -> None:
-    """Refuses what does not go together.
+    """Raises if the parts of a job do not fit the network or each other.
 
     Raises:
-        FamilyMismatchError: parts of another family.
-        ShapeError: batches or sizes that do not fit.
+        FamilyMismatchError: a part belongs to another family.
+        ShapeError: batches or sizes do not match.
         NonFiniteError: NaN or infinity in an input.
         SettingError: an unknown solver, or a control that the network does not follow.
     """
@@ -46,11 +46,11 @@ def check_job(network: Network, job: Job) -> None:
 def check_conditioning(
     conditioning: Conditioning, target: Tokens, family: FluxFamily, spec: TransformerSpec
 ) -> None:
-    """Refuses text, references or batches that a network cannot read.
+    """Raises for text, references or batches that a network cannot read.
 
     Raises:
         FamilyMismatchError: text or tokens of another model.
-        ShapeError: a batch that is neither 1 nor the target's.
+        ShapeError: a batch is neither 1 nor the target's.
     """
     text = conditioning.text
     widths = (text.txt.shape[-1], 0 if text.pooled is None else text.pooled.shape[-1])
@@ -68,7 +68,7 @@ def check_conditioning(
                 f"Reference {number} holds {latent.name} tokens.",
                 f"{family.latent.name} tokens for {family.title}.",
                 "encode it with that family's autoencoder, from [autoencoder loader], "
-                f"'Load VAE' or the same [nano loader]{_told_by_name(latent, family.latent)}.",
+                f"'Load VAE' or the same [nano loader]{_format_hint(latent, family.latent)}.",
             )
     for name, size in named:
         if size not in (1, batch):
@@ -80,7 +80,7 @@ def check_conditioning(
 
 
 def _sides(job: Job) -> Iterator[tuple[str, Conditioning]]:
-    """The conditionings of a job that are read, with what tells them apart."""
+    """Yields the conditionings of a job that are used, each with a suffix for its name."""
     if job.cfg is None or not job.cfg.window(len(job.sigmas) - 1):
         yield "", job.conditioning
         return
@@ -123,7 +123,7 @@ def check_controls(conditioning: Conditioning, supports: frozenset[str], who: st
 
 
 def _check_start(network: Network, noise: Tokens, start: Tokens) -> None:
-    """Refuses an image to begin from that is of another latent, or not of the noise's size."""
+    """Raises for a start image of another latent format, or not of the noise's size."""
     check_latent(start.latent, network.family.latent, "start image")
     if start.grid != noise.grid or start.cells is not None:
         raise ShapeError(
@@ -146,8 +146,8 @@ def _px(tokens: Tokens) -> str:
     return size if tokens.cells is None else f"{size} with dropped tokens"
 
 
-def _told_by_name(found: LatentSpec, needed: LatentSpec) -> str:
-    """How a LATENT gets its name where its channels fit both."""
+def _format_hint(found: LatentSpec, needed: LatentSpec) -> str:
+    """A hint on [latent_format] for latents of two formats with the same channels."""
     if found.channels != needed.channels:
         return ""
     return (
@@ -159,15 +159,15 @@ def _told_by_name(found: LatentSpec, needed: LatentSpec) -> str:
 def _other_text(
     widths: tuple[int, int], source: str, family: FluxFamily, spec: TransformerSpec
 ) -> FamilyMismatchError:
-    """Whose text was wired, as far as its source or its widths tell, and whose is needed."""
+    """The error for another model's text: whose it is, if source or widths tell, and what fits."""
     owners = dict.fromkeys(
         one.latent.name
         for one in FAMILIES.values()
         if (one.transformer.context_width, one.transformer.pooled_width) == widths
     )
-    of_whom = [" and ".join(owners)] if owners else []
-    of_whom += [f"from {source}"] if source else []
-    whose = f" ({', '.join(of_whom)})" if of_whom else ""
+    origin = [" and ".join(owners)] if owners else []
+    origin += [f"from {source}"] if source else []
+    whose = f" ({', '.join(origin)})" if origin else ""
     needed = f"{spec.context_width} and {spec.pooled_width}"
     if not spec.pooled_width:
         needed = f"{spec.context_width} wide and none pooled"

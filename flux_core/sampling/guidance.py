@@ -1,7 +1,7 @@
-"""Guidance: how one velocity is made from one or two conditionings.
+"""Guidance: one velocity from one or two conditionings.
 
-A guidance-distilled model takes its strength as an input and needs one pass. True CFG runs a
-second, negative pass and moves away from it; text, references and guidance belong to each pass.
+A guidance-distilled model has a guidance input and needs one pass. True CFG runs a second,
+negative pass and moves away from it; each pass has its own text, references and guidance.
 """
 
 import math
@@ -24,11 +24,11 @@ _IN_TURN = "set [passes] to 'in turn'."
 
 
 class StepPlan(Protocol):
-    """One conditioning, ready for every step: `Plan`, or what this file makes of plans."""
+    """One conditioning, ready for every step, such as a `Plan`."""
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         ...
 
     def velocity(self, x: TokenValues, sigma: float) -> TokenValues:
@@ -37,7 +37,7 @@ class StepPlan(Protocol):
 
 
 class Network(Protocol):
-    """What sampling needs of a transformer; `Flux` is one."""
+    """What sampling needs of a transformer; `Flux` implements it."""
 
     family: FluxFamily
     spec: TransformerSpec
@@ -59,15 +59,15 @@ class TrueCFG:
     """The settings of true classifier-free guidance.
 
     Args:
-        negative: what to move away from; guidance and references as in the positive, usually.
+        negative: what to move away from; usually with the positive's guidance and references.
         scale: 1 or less runs the positive pass only.
-        start, end: part of the steps that run both passes, as fractions 0..1 of their count;
-            the first step in is start * steps, the first out again end * steps, rounded up.
-        passes: "batched" runs both in one pass of twice the batch; "in turn" one after the other,
-            with half the activation memory, and lets the two differ in shape.
+        start, end: the window of steps that run both passes, as fractions 0..1 of all steps; it
+            begins at step start * steps and ends before step end * steps, both rounded up.
+        passes: "batched" runs both in one pass of twice the batch; "in turn" runs one after the
+            other, with half the activation memory, and allows the two to differ in shape.
 
     Raises:
-        SettingError: a number out of range, or start after end.
+        SettingError: a number is out of range, or start is after end.
     """
 
     negative: Conditioning
@@ -103,9 +103,9 @@ class TrueCFG:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """The steps that run both passes, told by noise level."""
+    """The steps that run both passes, looked up by noise level."""
 
-    sigmas: Sequence[float]  # where each step begins
+    sigmas: Sequence[float]  # the level at which each step begins
     steps: range
 
     def __contains__(self, sigma: float) -> bool:
@@ -117,9 +117,9 @@ class Guided:
     """One or two passes as one velocity.
 
     Args:
-        scale: of true CFG; 1 where there is one pass.
-        window: where both passes run; elsewhere the positive alone.
-        positive: plan of the positive conditioning; None where `both` has it in every step.
+        scale: of true CFG; 1 with a single pass.
+        window: the steps that run both passes; others run the positive alone.
+        positive: plan of the positive conditioning; None if every step runs `both`.
         negative: plan of the negative one, run in turn with the positive.
         both: plan over the batch [negative, positive], in place of `negative`.
     """
@@ -132,21 +132,21 @@ class Guided:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         plan = self.positive or self.both
         assert plan is not None
         return plan.device
 
     def velocity(self, x: TokenValues, sigma: float) -> TokenValues:
-        """Combines the passes, (B, N, D) float32."""
+        """Returns the combined velocity, (B, N, D) float32."""
         return self.combine(*self.passes(x, sigma))
 
     def combine(self, positive: TokenValues, negative: TokenValues | None) -> TokenValues:
-        """Moves away from the negative pass, if it ran."""
+        """Combines two passes: moves away from the negative one, if it ran."""
         return positive if negative is None else negative + self.scale * (positive - negative)
 
     def passes(self, x: TokenValues, sigma: float) -> tuple[TokenValues, TokenValues | None]:
-        """The positive pass, and the negative one where it runs, each (B, N, D) float32."""
+        """Returns each pass's velocity, (B, N, D) float32; None if the negative does not run."""
         if self.window is not None and sigma in self.window:
             if self.both is not None:
                 halves = self.both.velocity(torch.cat((x, x)), sigma).float().chunk(2)
@@ -166,18 +166,18 @@ def guided(
     asked: Sequence[float] | None = None,
     cfg: TrueCFG | None = None,
 ) -> Guided:
-    """Makes the plans that a run needs, and no others.
+    """Makes only the plans that a run needs.
 
     Args:
         network: the transformer.
-        positive: the conditioning; alone it is the guided (distilled) way.
-        target: the noise; its ids and batch are used.
+        positive: the conditioning; without CFG the only one.
+        target: the noise; only its position ids and batch are used.
         sigmas: S + 1 noise levels, checked.
-        asked: the levels that will be asked for; None: where each step begins.
+        asked: the levels that the solver will ask for; None: those at which steps begin.
         cfg: true CFG settings, or None.
 
     Returns:
-        The velocity of the whole guidance.
+        The guided velocity.
 
     Raises:
         ShapeError: "batched" with conditionings of different shapes or position ids.
@@ -185,7 +185,7 @@ def guided(
 
     Source: huggingface/diffusers@0.42.1 pipelines/flux/pipeline_flux_kontext.py __call__,
         pipelines/flux2/pipeline_flux2_klein.py __call__ (two passes, references in both).
-        Deviation: the sum is float32 whatever the network computes.
+        Deviation: the sum is float32 whatever dtype the network computes in.
     """
     steps = len(sigmas) - 1
     if cfg is None or not cfg.window(steps):
@@ -199,7 +199,7 @@ def guided(
     twice = replace(target, values=torch.cat((target.values, target.values)))
     if len(window.steps) == steps:
         both, alone = network.plans([joined], twice, sigmas, asked)[0], None
-    elif _is_single(positive):  # fits any batch: one call, so the network is loaded once
+    elif _is_single(positive):  # its batch of 1 fits any: one call, so the network is loaded once
         both, alone = network.plans([joined, positive], twice, sigmas, asked)
     else:
         both = network.plans([joined], twice, sigmas, asked)[0]
@@ -208,11 +208,11 @@ def guided(
 
 
 def join(negative: Conditioning, positive: Conditioning, *, batch: int) -> Conditioning:
-    """Stacks two conditionings to one of twice the batch, the negative first.
+    """Stacks two conditionings into one of twice the batch, the negative first.
 
     Args:
         negative, positive: texts of equal length, references of equal shapes and position ids.
-        batch: images being made; parts of batch 1 are repeated for each.
+        batch: of the noise; parts of batch 1 are repeated.
 
     Raises:
         ShapeError: they cannot be stacked.
@@ -241,7 +241,7 @@ def join(negative: Conditioning, positive: Conditioning, *, batch: int) -> Condi
 
 
 def _check_alike(negative: Conditioning, positive: Conditioning) -> None:
-    """Refuses conditionings that no single batch can hold."""
+    """Raises for conditionings that cannot be stacked into one batch."""
     lengths = [one.text.txt.shape[1] for one in (positive, negative)]
     if lengths[0] != lengths[1]:
         raise ShapeError(
@@ -267,7 +267,7 @@ def _check_alike(negative: Conditioning, positive: Conditioning) -> None:
                 "equal sizes at equal positions, to run both as one batch.",
                 f"fit and place them alike, or {_IN_TURN}",
             )
-        if _how_seen(one) != _how_seen(other):
+        if _controls(one) != _controls(other):
             raise SettingError(
                 f"Reference {number} is seen in another way in the negative conditioning.",
                 "equal controls on both, to run them as one batch.",
@@ -279,7 +279,7 @@ def _same_positions(one: Tokens, other: Tokens) -> bool:
     return one.ids.shape == other.ids.shape and torch.equal(one.ids, other.ids.to(one.ids))
 
 
-def _how_seen(one: Reference) -> tuple[object, ...]:
+def _controls(one: Reference) -> tuple[object, ...]:
     mask = None if one.mask is None else one.mask.cpu().numpy().tobytes()
     return one.strength, one.steps, one.blocks, mask
 

@@ -1,4 +1,4 @@
-"""A run as a value: all that it needs but the network."""
+"""A run as a value: everything it needs except the network."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ from .solvers import Edit, SolverName
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What `run` does with a network; `job_file` writes it down and reads it back.
+    """What `run` computes with a network; `job_file` writes it to disk and reads it.
 
     Args:
         conditioning: text, references, guidance (None: the family's default).
         noise: (B, N, D) standard normal values, with the position ids of a target.
         sigmas: (S + 1,) falling from at most 1 to 0.
         solver: one of `SOLVERS`.
-        cfg: true CFG, or None for the guided way.
+        cfg: true CFG, or None for one pass.
         start: an image to begin from where sigmas[0] is below 1, (1 or B, N, D) unscaled; None
             begins from an empty latent, as ComfyUI does.
-        edits: what is done to x after each step, in order.
+        edits: functions applied to x after each step, in order.
     """
 
     conditioning: Conditioning

@@ -48,9 +48,9 @@ def write_job(job: Job, path: Path) -> None:
             "leave the edits out, and add them where the job is run.",
         )
     tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}  # a reference that both conditionings have is one tensor, also read
+    names: dict[int, str] = {}  # tensors that both conditionings share are written once
 
-    def hold(name: str, tensor: Tensor | None) -> str | None:
+    def store(name: str, tensor: Tensor | None) -> str | None:
         if tensor is None:
             return None
         if id(tensor) not in names:
@@ -63,13 +63,13 @@ def write_job(job: Job, path: Path) -> None:
         "format": FORMAT,
         "solver": job.solver,
         "sigmas": [float(sigma) for sigma in job.sigmas],
-        "conditioning": _conditioning_out(job.conditioning, "conditioning", hold),
-        "noise": _tokens_out(job.noise, "noise", hold),
-        "start": None if job.start is None else _tokens_out(job.start, "start", hold),
+        "conditioning": _conditioning_out(job.conditioning, "conditioning", store),
+        "noise": _tokens_out(job.noise, "noise", store),
+        "start": None if job.start is None else _tokens_out(job.start, "start", store),
         "cfg": None
         if cfg is None
         else {
-            "negative": _conditioning_out(cfg.negative, "negative", hold),
+            "negative": _conditioning_out(cfg.negative, "negative", store),
             "scale": cfg.scale,
             "start": cfg.start,
             "end": cfg.end,
@@ -134,23 +134,23 @@ def _no_job(path: Path, found: str) -> CheckpointError:
 
 
 def _conditioning_out(
-    one: Conditioning, name: str, hold: Callable[[str, Tensor | None], str | None]
+    one: Conditioning, name: str, store: Callable[[str, Tensor | None], str | None]
 ) -> _Json:
     text = one.text
     return {
         "text": {
-            "txt": hold(f"{name}.txt", text.txt),
-            "pooled": hold(f"{name}.pooled", text.pooled),
+            "txt": store(f"{name}.txt", text.txt),
+            "pooled": store(f"{name}.pooled", text.pooled),
             "counts": [asdict(count) for count in text.counts],
             "notes": list(text.notes),
             "source": text.source,
         },
         "references": [
             {
-                "tokens": _tokens_out(each.tokens, f"{name}.reference_{number}", hold),
+                "tokens": _tokens_out(each.tokens, f"{name}.reference_{number}", store),
                 "name": each.name,
                 "strength": each.strength,
-                "mask": hold(f"{name}.reference_{number}.mask", each.mask),
+                "mask": store(f"{name}.reference_{number}.mask", each.mask),
                 "steps": list(each.steps),
                 "blocks": None if each.blocks is None else list(each.blocks),
             }
@@ -188,12 +188,12 @@ def _conditioning_in(written: _Json, tensors: dict[str, Tensor]) -> Conditioning
 
 
 def _tokens_out(
-    tokens: Tokens, name: str, hold: Callable[[str, Tensor | None], str | None]
+    tokens: Tokens, name: str, store: Callable[[str, Tensor | None], str | None]
 ) -> _Json:
     return {
-        "values": hold(f"{name}.values", tokens.values),
-        "ids": hold(f"{name}.ids", tokens.ids),
-        "cells": hold(f"{name}.cells", tokens.cells),
+        "values": store(f"{name}.values", tokens.values),
+        "ids": store(f"{name}.ids", tokens.ids),
+        "cells": store(f"{name}.cells", tokens.cells),
         "grid": list(tokens.grid),
         "latent": tokens.latent.name,
         "is_noise": tokens.is_noise,

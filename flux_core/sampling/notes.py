@@ -1,4 +1,4 @@
-"""What a run will do that its settings may not lead one to expect."""
+"""Notes on what a run does that its settings may not suggest."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from .job import Job
 
 
 def run_notes(network: Network, job: Job) -> tuple[str, ...]:
-    """Notes on one run, with settings in brackets as in errors."""
+    """Returns the notes on a run, with settings in brackets as in errors."""
     family, cfg, steps = network.family, job.cfg, len(job.sigmas) - 1
     sides = [job.conditioning] if cfg is None else [job.conditioning, cfg.negative]
     references = [one.tokens for one in job.conditioning.references]
@@ -47,7 +47,7 @@ def run_notes(network: Network, job: Job) -> tuple[str, ...]:
 def _guidance_notes(
     network: Network, guidance: float | None, steps: int, cfg: TrueCFG | None
 ) -> list[str]:
-    """What becomes of guidance and CFG on this kind of model."""
+    """Notes on how this kind of model uses guidance and CFG."""
     family, notes = network.family, list[str]()
     wants_cfg = family.guidance == "true cfg"
     if network.spec.has_guidance:
@@ -75,7 +75,7 @@ def _guidance_notes(
 
 
 def _reference_notes(family: FluxFamily, references: Sequence[Tokens]) -> list[str]:
-    """Where references are more, or lie elsewhere, than the model was trained with."""
+    """Notes on references of other number, size or position ids than the model was trained with."""
     rule, notes = family.references, list[str]()
     if len(references) > rule.trained:
         most = f"at most {rule.trained}" if rule.trained else "none"

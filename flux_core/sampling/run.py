@@ -1,4 +1,4 @@
-"""The one way to sample: check a job, plan it, step, and return an image's tokens."""
+"""Sampling: checks a job, plans it, steps, and returns an image's tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +18,15 @@ from .solvers import SOLVERS, Steps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A job that is checked and planned. Iterated over, it steps; each step is done when asked."""
+    """A checked and planned job; iterating over it computes one step at a time."""
 
     job: Job
     plan: Guided
     sigmas: Sequence[float]
-    notes: tuple[str, ...]  # what it does that its settings may not lead one to expect
+    notes: tuple[str, ...]  # on what it does that its settings may not suggest
 
     def __iter__(self) -> Steps:
-        """Yields every step; the x of the last is the image, which `finish` turns into tokens."""
+        """Yields every step; the last one's x is the image, which `finish` turns into tokens."""
         steps = torch.no_grad()(SOLVERS[self.job.solver].steps)
         x = _begin(self.job.noise, self.sigmas[0], self.job.start).to(self.plan.device)
         return steps(self.plan.velocity, x, self.sigmas, self._edit)
@@ -39,22 +39,22 @@ class Run:
 
 @torch.no_grad()
 def run(network: Network, job: Job, *, may_stop: bool = False) -> Run:
-    """Checks a job and plans it; the result is iterated over, one step for each `next`.
+    """Checks and plans a job; iterating over the result computes its steps.
 
     References are part of the plan, so no step can change them.
 
     Args:
         network: the transformer.
         job: everything else.
-        may_stop: sigmas may end above 0, for whoever goes on from there.
+        may_stop: sigmas may end above 0, to be continued by another run.
 
     Raises:
-        FamilyMismatchError: parts of another family.
-        ShapeError: batches or sizes that do not go together.
+        FamilyMismatchError: a part belongs to another family.
+        ShapeError: batches or sizes do not match.
         NonFiniteError: NaN or infinity in an input.
-        SettingError: sigmas, solver, guidance or a control that cannot be followed.
+        SettingError: sigmas, a solver, guidance or a control that the network cannot follow.
 
-    Source: black-forest-labs/flux@802fb47 src/flux/sampling.py denoise; begins as
+    Source: black-forest-labs/flux@802fb47 src/flux/sampling.py denoise; start as
         Comfy-Org/ComfyUI@14b05228 comfy/model_sampling.py CONST.noise_scaling.
     """
     sigmas = check_sigmas(job.sigmas, may_stop=may_stop)
@@ -76,11 +76,11 @@ def run(network: Network, job: Job, *, may_stop: bool = False) -> Run:
 
 
 def finish(x: TokenValues, target: Tokens) -> Tokens:
-    """Turns a step's x into tokens the autoencoder's latent can be unpacked from.
+    """Turns a step's x into tokens of the autoencoder's latent.
 
     Args:
         x: (B, N, D) in the transformer's scale: the last step's `x`, or any step's `denoised`.
-        target: the noise the run began with.
+        target: the noise that the run started from.
 
     Returns:
         Tokens of an image, unscaled, with the target's position ids, on x's device.
@@ -93,7 +93,7 @@ def finish(x: TokenValues, target: Tokens) -> Tokens:
 
 
 def check_computed(x: TokenValues) -> None:
-    """Refuses a result that is NaN or infinite.
+    """Raises if a result is NaN or infinite.
 
     Raises:
         NonFiniteError: the network computed NaN or infinity.
@@ -108,7 +108,7 @@ def check_computed(x: TokenValues) -> None:
 
 
 def _begin(noise: Tokens, sigma: float, start: Tokens | None) -> TokenValues:
-    """Mixes noise and image as the flow has them at `sigma`, in the transformer's scale."""
+    """Mixes noise and start image for `sigma`, in the transformer's scale."""
     x = sigma * noise.values.float()
     if start is None or sigma == 1.0 or not bool(start.values.any()):  # zeros: an empty latent
         return x
@@ -116,7 +116,7 @@ def _begin(noise: Tokens, sigma: float, start: Tokens | None) -> TokenValues:
 
 
 def _with_guidance(conditioning: Conditioning, network: Network) -> Conditioning:
-    """Fills in the family's default; a network without the input gets none."""
+    """Sets the family's default guidance if None, or removes it if the network has no input."""
     guidance = conditioning.guidance
     if not network.spec.has_guidance:
         guidance = None

@@ -1,7 +1,7 @@
 """Schedules: the noise level (sigma) at which each step starts, from 1, noise, to 0, the image.
 
 Every function returns steps + 1 values: the sigma of each step, then 0. They are computed on the
-CPU with operations that round alike everywhere, so that a schedule is the same on every machine.
+CPU with operations that round the same everywhere, so that a schedule is the same on every machine.
 """
 
 import math
@@ -20,7 +20,7 @@ SigmaKind = Literal["flux", "linear", "karras", "exponential", "by hand"]
 
 MAX_STEPS = 10_000
 KARRAS_RHO = 7.0
-_WHOLE = 0.9999  # a denoise above it is 1, as in ComfyUI
+_FULL_DENOISE = 0.9999  # a denoise above it counts as 1, as in ComfyUI
 
 
 def make_sigmas(
@@ -38,7 +38,7 @@ def make_sigmas(
     schedule, as in diffusers with `use_karras_sigmas` and `use_exponential_sigmas`.
 
     Args:
-        schedule: the family's rule.
+        schedule: the family's.
         tokens: tokens of the target only; text and references do not count.
         steps: 1..10000; ignored when the sigmas are written by hand.
         kind: which curve.
@@ -77,7 +77,7 @@ def flux_sigmas(schedule: ShiftSpec, tokens: int, steps: int) -> Sigmas:
     """Returns evenly spaced sigmas, shifted by the size of the image: large ones stay noisy longer.
 
     Args:
-        schedule: the family's rule; None for no shift.
+        schedule: the family's; None for no shift.
         tokens: tokens of the target only, at least 1; mu is extrapolated outside the trained range.
         steps: 1..10000.
 
@@ -169,7 +169,7 @@ def exponential_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Sigmas
 
 
 def parse_sigmas(text: str) -> Sigmas:
-    """Parses sigmas written by hand; none is added, sorted or dropped.
+    """Parses sigmas written by hand, without adding, sorting or dropping any.
 
     Args:
         text: numbers separated by commas, semicolons, spaces or new lines, including the 0 at the
@@ -197,11 +197,11 @@ def parse_sigmas(text: str) -> Sigmas:
 
 
 def check_sigmas(sigmas: Sigmas, *, may_stop: bool = False) -> Sigmas:
-    """Checks that sigmas, whoever made them, can be followed by a flow model.
+    """Checks that sigmas, from any source, suit a flow model.
 
     Args:
         sigmas: (S + 1,) of any float type on any device, S = 1..10000.
-        may_stop: they may end above 0, for whoever goes on from there.
+        may_stop: they may end above 0, to be continued by another run.
 
     Returns:
         The same values, float32 on the CPU.
@@ -253,7 +253,7 @@ def _total_steps(steps: int, denoise: float, kind: SigmaKind) -> int:
     """Returns the steps of the whole schedule, of which the last `steps` are sampled."""
     if not 0.0 < denoise <= 1.0:  # NaN, too
         raise SettingError(f"denoise is {denoise}.", "above 0, at most 1.", "set [denoise].")
-    if denoise > _WHOLE:
+    if denoise > _FULL_DENOISE:
         return steps
     if kind == "by hand":
         raise SettingError(
@@ -281,7 +281,7 @@ def _check_range(steps: int, sigma_min: float, sigma_max: float) -> None:
 
 
 def _spaced(first: float, last: float, steps: int) -> list[float]:
-    """Returns `steps` evenly spaced numbers from first to last; of one step, first."""
+    """Returns `steps` evenly spaced numbers from first to last; for one step, first."""
     return [first + (last - first) * index / max(steps - 1, 1) for index in range(steps)]
 
 

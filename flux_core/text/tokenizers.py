@@ -166,12 +166,12 @@ class ChatTokenizer:
             plain = plain.replace(token, "")
             if token in prompt:
                 notes.append(f"{token} was taken out of the prompt: it stands for a picture.")
-        text = f"{spec.before}{plain}{spec.behind}"
+        text = f"{spec.prefix}{plain}{spec.suffix}"
         found = self._backend.encode(text, add_special_tokens=False)
         ids, cut = list(found.ids[:length]), ""
         if len(found.ids) > length:
-            end = len(spec.before) + len(plain)
-            cut = text[max(found.offsets[length][0], len(spec.before)) : end]
+            end = len(spec.prefix) + len(plain)
+            cut = text[max(found.offsets[length][0], len(spec.prefix)) : end]
             notes.append(f"Text and chat template take {len(found.ids)} tokens; {length} are read.")
         used, padding = len(ids), [self._special_ids[spec.pad_token]] * (length - len(ids))
         ones, zeros = [1] * used, [0] * len(padding)
@@ -185,7 +185,7 @@ class ChatTokenizer:
 
     def _check_special_tokens(self, spec: LanguageModelSpec) -> None:
         """Raises unless every special token of the template is one token of the vocabulary."""
-        template = spec.before + spec.behind
+        template = spec.prefix + spec.suffix
         needed = dict.fromkeys([spec.pad_token, *_SPECIAL_TOKEN.findall(template)])
         unknown = [token for token in needed if token not in self._special_ids]
         if unknown:

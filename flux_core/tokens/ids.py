@@ -46,7 +46,7 @@ def image_ids(
 
 
 def text_ids(length: int, spec: LatentSpec, device: torch.device | str | None = None) -> Ids:
-    """Positions of text tokens, (T, A) float32: zeros for FLUX.1, counted up for FLUX.2."""
+    """Returns the position ids of text, (T, A) float32: zeros for FLUX.1, counted up for FLUX.2."""
     ids = torch.zeros(length, len(spec.id_axes), dtype=torch.float32, device=device)
     if spec.text_axis is not None:
         ids[:, spec.text_axis] = torch.arange(length, dtype=torch.float32, device=device)
@@ -54,10 +54,10 @@ def text_ids(length: int, spec: LatentSpec, device: torch.device | str | None = 
 
 
 def place(tokens: Tokens, *, index: float, row: float = 0.0, column: float = 0.0) -> Tokens:
-    """Moves an image's tokens to other position ids; the values stay what they are.
+    """Returns an image's tokens with other position ids; the values stay the same.
 
     Raises:
-        SettingError: a position that is no finite number.
+        SettingError: a position is not finite.
     """
     if not all(map(math.isfinite, (index, row, column))):
         raise SettingError(
@@ -72,14 +72,14 @@ def place(tokens: Tokens, *, index: float, row: float = 0.0, column: float = 0.0
 
 
 def drop_tokens(tokens: Tokens, present: Tensor) -> Tokens:
-    """Leaves tokens out; the rest keep their values and position ids.
+    """Drops tokens; the others keep their values and position ids.
 
     Args:
         tokens: (B, N, D).
         present: (N,) bool, the tokens that stay; at least one.
 
     Raises:
-        ShapeError: another number of tokens, or none that stays.
+        ShapeError: another number of tokens, or none is present.
     """
     if present.dtype != torch.bool or present.shape != (tokens.count,) or not bool(present.any()):
         raise ShapeError(

@@ -24,7 +24,7 @@ class SequenceDescription(TypedDict):
 
     segments: list[SegmentDescription]
     total: int
-    notes: list[str]  # who sees whom, where not everybody sees all
+    notes: list[str]  # which tokens attend to which, where attention is not full
 
 
 def describe_sequence(
@@ -35,7 +35,7 @@ def describe_sequence(
     Args:
         conditioning: text and placed references.
         target: the noise, when it is known.
-        rule: the family's, when the model is known; None is the order of most.
+        rule: the family's, when the model is known; None: the order that most families have.
     """
     images = [one.tokens for one in conditioning.references]
     latent = next((one.latent for one in [target, *images] if one is not None), None)
@@ -61,7 +61,7 @@ def describe_sequence(
 
 
 def sequence_report(sequence: SequenceDescription) -> str:
-    """Writes the sequence down, one line a segment."""
+    """Returns the sequence as text, one line per segment."""
     lines = [_line(segment) for segment in sequence["segments"]]
     return "\n".join([*lines, f"{sequence['total']} tokens in all", *sequence["notes"]])
 
@@ -86,8 +86,8 @@ def _ranges(ids: Ids, spec: LatentSpec) -> list[tuple[str, float, float]]:
 def _line(segment: SegmentDescription) -> str:
     grid = segment["grid"]
     size = f" = {grid[0]} rows x {grid[1]} columns" if grid else ""
-    places = ", ".join(
+    ranges = ", ".join(
         f"{axis} {low:g}" if low == high else f"{axis} {low:g} to {high:g}"
         for axis, low, high in segment["ids"]
     )
-    return f"{segment['name']}: {segment['count']} tokens{size}{'; ' if places else ''}{places}"
+    return f"{segment['name']}: {segment['count']} tokens{size}{'; ' if ranges else ''}{ranges}"

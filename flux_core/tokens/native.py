@@ -1,7 +1,7 @@
-"""What ComfyUI's own FLUX does with references, and how our places get into its sequence.
+"""How ComfyUI's own FLUX places references, and how our position ids replace its own.
 
-Its sequence is text | target | references. It places references by a rule of its own that has a
-name, `reference_latents_method`; places that no name stands for are written over its own.
+Its sequence is text | target | references. It computes position ids by a named method,
+`reference_latents_method`; ids that no method computes are written over them.
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ Method = Literal["offset", "index"]
 
 
 def own_method(latent: LatentSpec) -> Method:
-    """Name the rule by which ComfyUI's network places references where nothing else is said."""
+    """Returns the method by which ComfyUI's network places references by default."""
     return "index" if latent.placement == "index" else "offset"
 
 
 def native_method(references: Sequence[Tokens]) -> Method | None:
-    """Name ComfyUI's rule that gives these references the ids they have.
+    """Returns the method of ComfyUI that computes the position ids these references have.
 
     Returns:
-        The rule's name, FLUX.2's own first where both give the same; None where neither does, or
-        there is no reference.
+        The method, the latent's default first where both give the same ids; None where neither
+        does, or there is no reference.
 
     Source: Comfy-Org/ComfyUI@14b05228 comfy/ldm/flux/model.py _forward.
     """
@@ -44,19 +44,19 @@ def native_method(references: Sequence[Tokens]) -> Method | None:
     rules: dict[Method, Sequence[Tokens]] = {"offset": tile(references), "index": counted}
     if own_method(references[0].latent) == "index":
         rules = dict(reversed(rules.items()))
-    return next((name for name, rule in rules.items() if _are_at(references, rule)), None)
+    return next((name for name, rule in rules.items() if _have_ids_of(references, rule)), None)
 
 
-def _are_at(references: Sequence[Tokens], others: Sequence[Tokens]) -> bool:
+def _have_ids_of(references: Sequence[Tokens], others: Sequence[Tokens]) -> bool:
     pairs = zip(references, others, strict=True)
     return all(torch.equal(one.ids, other.ids.to(one.ids)) for one, other in pairs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NativePlaces:
-    """Our places for the references of ComfyUI's sequence, and the length of our text.
+class NativePositions:
+    """Our position ids for the references in ComfyUI's sequence, and the length of our text.
 
-    Tokens are never added here: ComfyUI has put them into the sequence, in the same order.
+    No tokens are added here: ComfyUI has put them into the sequence, in the same order.
     """
 
     references: tuple[Ids, ...]  # (N, A) each
@@ -64,7 +64,7 @@ class NativePlaces:
     target: Ids | None = None  # (N, A); None leaves the target where ComfyUI puts it
 
     def place(self, img_ids: Tensor, counts: Sequence[int]) -> Tensor:
-        """Write our ids over ComfyUI's for the references.
+        """Returns ComfyUI's position ids with ours for the references.
 
         Args:
             img_ids: (B, N + R, A) of target and references.
@@ -74,7 +74,7 @@ class NativePlaces:
             A new tensor of the same shape, dtype and device.
 
         Raises:
-            ShapeError: other references than the conditioning's, or a changed sequence.
+            ShapeError: references other than the conditioning's, or a changed sequence.
         """
         own = [ids.shape[0] for ids in self.references]
         if list(counts) != own:
@@ -89,24 +89,24 @@ class NativePlaces:
             return img_ids
         target = img_ids[:, : img_ids.shape[1] - sum(own)]
         count = target.shape[1] if self.target is None else self.target.shape[0]
-        if target.shape[1] != count or not _is_one_picture(target):
+        if target.shape[1] != count or not _is_one_image(target):
             raise ShapeError(
                 "Another node has added tokens to the model's sequence.",
-                "the target, then the references, and nothing behind them.",
+                "the target, then the references, and nothing after them.",
                 "take the node between the loader and the sampler off that adds them.",
             )
-        first = target if self.target is None else _for_each(self.target, img_ids)
-        return torch.cat((first, *(_for_each(ids, img_ids) for ids in self.references)), dim=1)
+        first = target if self.target is None else _expanded(self.target, img_ids)
+        return torch.cat((first, *(_expanded(ids, img_ids) for ids in self.references)), dim=1)
 
     def trim(self, txt: Tensor, txt_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Take off the empty tokens that ComfyUI puts before a short text of FLUX.2.
+        """Removes the empty tokens with which ComfyUI pads a short text of FLUX.2 on the left.
 
         Args:
             txt: (B, L, hidden), projected; FLUX.2's projection leaves empty tokens at 0.
             txt_ids: (B, L, A).
 
         Returns:
-            The text and ids of its own length; both unchanged where this is no text of ours.
+            The text and ids at its own length; both unchanged where the text is not ours.
 
         Raises:
             SettingError: one batch holds our text and one of another length.
@@ -128,12 +128,12 @@ class NativePlaces:
         return txt, txt_ids
 
 
-def _is_one_picture(ids: Tensor) -> bool:
+def _is_one_image(ids: Tensor) -> bool:
     return ids.shape[1] > 0 and not bool((ids[..., 0] != ids[0, 0, 0]).any())
 
 
-def _for_each(ids: Ids, like: Tensor) -> Tensor:
-    """Repeat (N, A) over the batch of `like`, on its device."""
+def _expanded(ids: Ids, like: Tensor) -> Tensor:
+    """Expands (N, A) over the batch of `like`, on its device."""
     return ids.to(like).expand(like.shape[0], -1, -1)
 
 

@@ -1,4 +1,4 @@
-"""Latent to tokens and back: pure permutations, so bit for bit.
+"""Latent to tokens and back: pure permutations, so exact bit for bit.
 
 Source: black-forest-labs/flux@802fb47 src/flux/sampling.py prepare, unpack. Deviation: written as
 reshape and permute, without einops.
@@ -23,12 +23,12 @@ def pack_latent(latent: Latent, spec: LatentSpec) -> TokenValues:
         (B, N, D); N = h w / patch**2, channel index = c patch**2 + row patch + column.
 
     Raises:
-        ShapeError: another channel count, or a side that does not divide.
+        ShapeError: wrong channel count, or a side that does not divide into tokens.
     """
     if latent.ndim != 4 or latent.shape[1] != spec.channels or not latent.shape[0]:
         channels = latent.shape[1] if latent.ndim == 4 else 0
-        kin = [one.name for one in LATENTS.values() if one.channels == channels != spec.channels]
-        whose = f", as those of {' and '.join(kin)} have" if kin else ""
+        alike = [one.name for one in LATENTS.values() if one.channels == channels != spec.channels]
+        whose = f", as those of {' and '.join(alike)} have" if alike else ""
         raise ShapeError(
             f"The latent has shape {tuple(latent.shape)}{whose}.",
             f"(batch, {spec.channels}, height, width) for {spec.name}, with a batch of 1 or more.",
@@ -49,7 +49,7 @@ def pack_latent(latent: Latent, spec: LatentSpec) -> TokenValues:
 
 
 def unpack_tokens(values: TokenValues, grid: tuple[int, int], spec: LatentSpec) -> Latent:
-    """Lays tokens (B, N, D) out as the latent (B, C, h, w) they were cut from."""
+    """Returns the latent (B, C, h, w) that tokens (B, N, D) were cut from."""
     rows, columns = grid
     if values.ndim != 3 or values.shape[1:] != (rows * columns, spec.token_width):
         raise ShapeError(
@@ -66,7 +66,7 @@ def unpack_tokens(values: TokenValues, grid: tuple[int, int], spec: LatentSpec) 
 
 
 def latent_tokens(latent: Latent, spec: LatentSpec, *, is_noise: bool = False) -> Tokens:
-    """Packs a latent with the position ids of a target: index 0, rows and columns from 0."""
+    """Packs a latent into tokens with a target's position ids: index 0, row and column from 0."""
     values = pack_latent(latent, spec)
     grid = (latent.shape[2] // spec.patch, latent.shape[3] // spec.patch)
     ids = image_ids(grid, spec)
@@ -74,10 +74,10 @@ def latent_tokens(latent: Latent, spec: LatentSpec, *, is_noise: bool = False) -
 
 
 def tokens_latent(tokens: Tokens) -> Latent:
-    """Unpacks tokens to the latent; the inverse of `latent_tokens`.
+    """Unpacks tokens into their latent; the inverse of `latent_tokens`.
 
     Raises:
-        ShapeError: tokens were dropped, so there is no whole latent.
+        ShapeError: tokens were dropped, so the latent is incomplete.
     """
     if tokens.cells is not None:
         rows, columns = tokens.grid

@@ -1,4 +1,4 @@
-"""Where several references go.
+"""Position ids of several references.
 
 `single` is the published Kontext rule, for the one reference it was trained on; `index` is
 FLUX.2's published rule. `offset` on any model and `index` on FLUX.1 are ComfyUI's conventions for
@@ -13,19 +13,19 @@ from ..specs import Placement
 from ..values import Tokens
 from .ids import place
 
-_CANVAS_INDEX = 1.0  # of ComfyUI's canvas, on every model
+_CANVAS_INDEX = 1.0  # the first id of all references with ComfyUI's "offset"
 
 
 def place_references(references: Sequence[Tokens], placement: Placement) -> tuple[Tokens, ...]:
-    """Places every reference: the same tokens with their position ids.
+    """Returns the references with the position ids of a placement.
 
     Args:
         references: in the order they were wired.
-        placement: "auto" is the latent's own: "offset" on FLUX.1, "index" on FLUX.2; "as wired"
-            keeps the ids they came with; "single" puts one reference at the latent's first index;
+        placement: "auto" is the latent's default: "offset" on FLUX.1, "index" on FLUX.2; "as wired"
+            leaves the ids as they are; "single" puts one reference at the latent's first index;
             "index" counts the first axis up from there by the latent's step: 1, 2, 3 on FLUX.1,
             10, 20, 30 on FLUX.2; "offset" tiles several references over rows and columns at
-            index 1, and puts one where the model was trained with it.
+            index 1, and puts a single one at the latent's first index.
 
     Returns:
         The same values with new ids, in the same order.
@@ -56,10 +56,10 @@ def place_references(references: Sequence[Tokens], placement: Placement) -> tupl
 
 
 def check_references(references: Sequence[Tokens]) -> None:
-    """Refuses references of a size that their model does not take.
+    """Raises for references of a size that their model does not take.
 
     Raises:
-        ShapeError: one is too small or too long.
+        ShapeError: one is too small, or its long side is too long.
     """
     for number, tokens in enumerate(references, 1):
         rule, (rows, columns) = tokens.latent.reference, tokens.grid
@@ -77,12 +77,14 @@ def check_references(references: Sequence[Tokens]) -> None:
 def tile(
     references: Sequence[Tokens], sides: Sequence[tuple[int, int]] | None = None
 ) -> tuple[Tokens, ...]:
-    """Puts each reference right of or below the ones before it, where the canvas grows least.
+    """Places each reference right of or below the earlier ones, where the canvas grows least.
 
     Args:
         references: in their order.
-        sides: height and width of each latent in cells, where one was filled up to whole tokens;
-            None takes them from the tokens.
+        sides: height and width of each latent in cells, before padding to whole tokens; None
+            takes them from the tokens.
+
+    Source: Comfy-Org/ComfyUI@14b05228 comfy/ldm/flux/model.py _forward.
     """
     height = width = 0  # extent so far, in cells
     placed: list[Tokens] = []
@@ -91,7 +93,7 @@ def tile(
         rows, columns = [side * patch for side in tokens.grid] if sides is None else sides[number]
         below = rows + height <= columns + width
         row, column = (height, 0) if below else (0, width)
-        place_row, place_column = (-(-cells // patch) for cells in (row, column))
-        placed.append(place(tokens, index=_CANVAS_INDEX, row=place_row, column=place_column))
+        row_tokens, column_tokens = (-(-cells // patch) for cells in (row, column))
+        placed.append(place(tokens, index=_CANVAS_INDEX, row=row_tokens, column=column_tokens))
         height, width = max(height, rows + row), max(width, columns + column)
     return tuple(placed)

@@ -19,16 +19,16 @@ class Segment:
     start: int  # of its first token in the sequence
     ids: Ids
     grid: tuple[int, int] | None = None  # rows, columns; None for text
-    reference: Reference | None = None  # how a reference is seen
+    reference: Reference | None = None  # the reference it holds
 
     @property
     def count(self) -> int:
-        """Tokens in it."""
+        """The number of its tokens."""
         return self.ids.shape[0]
 
     @property
     def range(self) -> slice:
-        """Its tokens in the sequence."""
+        """The range of its tokens in the sequence."""
         return slice(self.start, self.start + self.count)
 
 
@@ -51,11 +51,11 @@ class TokenSequence:
         return (segment for segment in self.segments if segment.kind in kinds)
 
     def only(self, *kinds: SegmentKind) -> "TokenSequence":
-        """A sequence of the segments of these kinds alone."""
+        """Returns a sequence of the segments of these kinds alone."""
         return _in_a_row(self.of(*kinds))
 
     def range_of(self, *kinds: SegmentKind) -> slice:
-        """The range of all tokens of these kinds, whose segments are neighbours; may be empty."""
+        """Returns the range of all tokens of these kinds, whose segments adjoin; may be empty."""
         found = list(self.of(*kinds))
         if not found:
             return slice(len(self), len(self))
@@ -69,7 +69,7 @@ def arrange(
     references: Sequence[Reference] = (),
     order: Sequence[SegmentKind] = ("text", "target", "reference"),
 ) -> TokenSequence:
-    """Puts text, target and references one after the other.
+    """Returns the sequence of text, target and references.
 
     Args:
         text: (T, A) ids of the text tokens.
@@ -100,7 +100,7 @@ def arrange(
 
 
 def _in_a_row(segments: Iterable[Segment]) -> TokenSequence:
-    """Lets each segment begin where the one before it ends."""
+    """Sets the start of each segment to the end of the previous one."""
     start, placed = 0, list[Segment]()
     for segment in segments:
         placed.append(replace(segment, start=start))

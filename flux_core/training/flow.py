@@ -38,7 +38,7 @@ class FlowBatch:
     references: tuple[TokenValues, ...]  # each (B, N, D), on the target's grid
     txt: Tensor  # (B, T, E)
     pooled: Tensor | None  # (B, P)
-    weight: Tensor  # (B, N), of each target token in the loss
+    weight: Tensor  # (B, N), each target token's weight in the loss
 
 
 def flow_loss(
@@ -54,10 +54,10 @@ def flow_loss(
             the references, which are never noised.
         batch: target and token weights.
         density: of the sigmas, in 0..1.
-        generator: of noise and sigmas.
+        generator: draws noise and sigmas.
 
     Returns:
-        a float32 scalar; x = (1 - sigma) x0 + sigma noise, and the velocity is noise - x0.
+        A float32 scalar; x = (1 - sigma) x0 + sigma noise, and the velocity is noise - x0.
     """
     clean = batch.target.float()
     sigma = density(clean.shape[0], generator)
@@ -76,7 +76,7 @@ def predictor(
     latent: LatentSpec,
     guidance: float,
 ) -> Callable[[TokenValues, Tensor], TokenValues]:
-    """Makes the network's velocity a function of x and sigma; all images share a grid."""
+    """Returns the network's velocity as a function of x and sigma; all images share a grid."""
     count = len(batch.references)
     positions = [image_ids(grid, latent)] + [
         image_ids(grid, latent, index=latent.first_index + number * latent.index_step)

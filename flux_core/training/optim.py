@@ -1,4 +1,4 @@
-"""The Muon optimiser, a learning rate over time, and the moving average of weights."""
+"""The Muon optimiser, a learning rate schedule, and a moving average of weights."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 @dataclass(slots=True)
 class Clock:
-    """Progress of a training by time, not steps: a slow machine makes fewer steps.
+    """Training progress by time, not steps: a slow machine makes fewer steps.
 
     Args:
         budget_s: seconds the whole run may take.
@@ -53,7 +53,7 @@ class MatrixMuon:
 
     Args:
         weights: of linear layers and convolutions.
-        rate: peak learning rate; updates are as large as Adam's at a fifth of it.
+        rate: peak learning rate; updates are as large as Adam's at a fifth of that rate.
         owner, owners: index and number of processes; each updates every owners-th weight, and the
             caller copies `shares[owner]` to the others.
 
@@ -63,7 +63,7 @@ class MatrixMuon:
     def __init__(
         self, weights: Sequence[nn.Parameter], rate: float, *, owner: int = 0, owners: int = 1
     ) -> None:
-        from torch.optim import Muon  # late: the rest of this file runs with torch 2.7
+        from torch.optim import Muon  # imported here: the rest of this file runs with torch 2.7
 
         self.shares = [list(weights[share::owners]) for share in range(owners)]
         self._own = self.shares[owner]
@@ -96,7 +96,7 @@ class MovingAverage:
 
     Args:
         modules: whose parameters are averaged, in order.
-        decay: share of the average that stays in a step, after a warm-up; in 0..1.
+        decay: share of the average that each step retains, after a warm-up; in 0..1.
     """
 
     def __init__(self, modules: Sequence[nn.Module], decay: float) -> None:

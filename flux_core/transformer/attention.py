@@ -1,7 +1,7 @@
-"""Attention, as it is handed to the network: what computes it, and what goes around it.
+"""Attention, which is passed to the network: the protocol, and PyTorch's implementation.
 
-The blocks call whatever attention the network was given. Plain PyTorch is the default; ComfyUI
-hands in its own choice. What changes who sees whom is something around an attention.
+The blocks call whatever attention the network was given. Plain PyTorch is the default; under
+ComfyUI it is ComfyUI's choice. Anything that changes which tokens attend to which wraps one.
 """
 
 import math
@@ -21,14 +21,14 @@ _MATH_ELEMENTS = 2**26  # of one piece of the attention matrix, where it is comp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Where:
-    """Which attention this is, out of all of a run."""
+    """Which of a run's attention calls this is."""
 
     step: int  # of the run, from 0
     sigma: float
     block: int  # double blocks first, then single blocks
     queries: TokenSequence  # what the tokens of q are, in order
     keys: TokenSequence  # what the tokens of k and v are, in order
-    rope: Rope  # of the queries: `unrotate(q, where.rope)` has them without it
+    rope: Rope  # of the queries: `unrotate(q, where.rope)` undoes it
 
 
 class Attention(Protocol):
@@ -36,7 +36,7 @@ class Attention(Protocol):
 
     @property
     def name(self) -> str:
-        """Which backend it is: results of another are not reused."""
+        """The backend's name; the reference cache reuses no results of another."""
         ...
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
@@ -46,7 +46,7 @@ class Attention(Protocol):
     def with_lse(
         self, q: Tensor, k: Tensor, v: Tensor, where: Where
     ) -> tuple[Tensor, Tensor] | None:
-        """The same with the log-sum-exp of the logits, (B, H, Q) float32; None: not to be had."""
+        """The same with the log-sum-exp of the logits, (B, H, Q) float32; None if there is none."""
         ...
 
 
@@ -55,7 +55,7 @@ class PyTorchAttention:
 
     @property
     def name(self) -> str:
-        """PyTorch, and the kernels it may choose from."""
+        """PyTorch, and the kernels that are enabled."""
         cuda = torch.backends.cuda
         allowed = {
             "flash": cuda.flash_sdp_enabled(),

@@ -4,8 +4,8 @@ Key names are the published ones.
 Source: black-forest-labs/flux@802fb47 src/flux/modules/layers.py DoubleStreamBlock,
 SingleStreamBlock; black-forest-labs/flux2@ab7cca6 src/flux2/model.py for FLUX.2's, with SwiGLU and
 without biases. Deviation: query/key normalisation, scale and rotation stay in float32 until the
-attention (published code rounds to the model's dtype in between); the last single block is asked
-for the target's tokens alone, which is all that is read of it.
+attention (published code rounds to the model's dtype in between); the last single block computes
+the target's tokens alone, since only they are read.
 """
 
 from typing import Any
@@ -26,20 +26,20 @@ _HALF_MAX = 65504.0
 def modulate(x: Tensor, mod: Modulation) -> Tensor:
     """Normalises x (B, L, hidden) without weights, then scales and shifts it."""
     width = (x.shape[-1],)
-    if mod.shift.shape[0] == 1:  # one vector for all rows: the norm's own affine, one pass
+    if mod.shift.shape[0] == 1:  # one vector for the whole batch: the norm's own affine, one pass
         weight, bias = mod.one_plus_scale.flatten(), mod.shift.flatten()
         return F.layer_norm(x, width, weight, bias, NORM_EPS)
     return torch.addcmul(mod.shift, F.layer_norm(x, width, eps=NORM_EPS), mod.one_plus_scale)
 
 
 def add_gated(x: Tensor, mod: Modulation, change: Tensor) -> Tensor:
-    """Adds a block's output through its gate."""
+    """Adds a block's output times its gate."""
     assert mod.gate is not None
     return torch.addcmul(x, mod.gate, change)
 
 
 def keep_finite(x: Tensor) -> Tensor:
-    """Clips float16 to what it can hold, where the published weights overflow it.
+    """Clips float16 to its range, which activations of the published weights exceed.
 
     Source: huggingface/diffusers 0.42.1 models/transformers/transformer_flux.py.
     """
@@ -53,7 +53,7 @@ class _Scale(nn.Module):
 
 
 class _QueryKeyNorm(nn.Module):
-    """RMS norm over a head with a learned scale, for queries and keys; float32."""
+    """RMS norm of queries and keys over each head, with learned scales; float32."""
 
     def __init__(self, head_dim: int, **where: Any) -> None:
         super().__init__()
@@ -132,18 +132,18 @@ class DoubleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Updates img (B, N, hidden) and txt (B, T, hidden); rope covers text, then image.
 
-        Without text (T = 0) its weights are not read.
+        Without text (T = 0) the text weights are not read.
         """
         length = txt.shape[1]
         heads: list[tuple[Tensor, Tensor, Tensor]] = []
-        for layer, x, mod, turn in (
+        for layer, x, mod, rotation in (
             (self.txt_attn, txt, txt_mod[0], rope[:length]),
             (self.img_attn, img, img_mod[0], rope[length:]),
         ):
             if x.shape[1]:
                 q, k, v = layer.split(modulate(x, mod))
-                q = rotate(layer.norm.query(q), turn).to(v.dtype)
-                k = rotate(layer.norm.key(k), turn).to(v.dtype)
+                q = rotate(layer.norm.query(q), rotation).to(v.dtype)
+                k = rotate(layer.norm.key(k), rotation).to(v.dtype)
                 heads.append((q, k, v))
         q, k, v = (torch.cat(parts, dim=1) for parts in zip(*heads, strict=True))
         joint = attention(q, k, v, where)
@@ -177,7 +177,7 @@ class SingleBlock(nn.Module):
         where: Where,
         wanted: slice = slice(None),
     ) -> Tensor:
-        """Updates x (B, L, hidden); the result holds the `wanted` tokens, which ask, only."""
+        """Updates x (B, L, hidden); returns the `wanted` tokens, which alone are queries."""
         projected = self.linear1(modulate(x, mod))
         q, k, v = projected[..., : 3 * self.hidden].unflatten(-1, (3, self.heads, -1)).unbind(2)
         q = rotate(self.norm.query(q), rope).to(v.dtype)

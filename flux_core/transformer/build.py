@@ -1,4 +1,4 @@
-"""How the network's linear layers are made: one shape, dtype, device and layer namespace."""
+"""Builds the network's linear layers from one spec, dtype, device and layer namespace."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ..specs import TransformerSpec
 
 
 class Build:
-    """Makes the linear layers of one network."""
+    """Builds the linear layers of one network."""
 
     def __init__(
         self,
@@ -25,5 +25,5 @@ class Build:
         self._operations = operations or torch_operations()
 
     def linear(self, inputs: int, outputs: int) -> nn.Module:
-        """Make one layer, with a bias if this network has any."""
+        """Returns a linear layer, with a bias if the network has biases."""
         return self._operations.Linear(inputs, outputs, bias=self.spec.has_bias, **self.where)

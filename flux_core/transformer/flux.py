@@ -27,14 +27,14 @@ from .rope import Rope, rope_table
 ReferenceCache: TypeAlias = Callable[[tuple[Tokens, ...], ReferencePass], Iterable[KeyValue]]
 
 
-def _where_it_is(module: nn.Module) -> torch.device:
+def _device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
 def cache_for_the_run(
     references: tuple[Tokens, ...], computed: ReferencePass
 ) -> Iterable[KeyValue]:
-    """Computes keys and values of isolated references once, and holds them while the plan lives."""
+    """Computes keys and values of isolated references once, and holds them as long as the plan."""
     del references
     return tuple(computed)
 
@@ -43,14 +43,14 @@ class Flux(nn.Module):
     """The transformer.
 
     Args:
-        family: the published model it is.
-        spec: its real shape.
-        modulation, blocks: the two parts; needed one after the other, never together.
-        ready: called with a part just before it computes; loads it, and returns its device.
-        attention: what computes attention, in every block.
-        reference_cache: for a family whose references are isolated: called with them and their
-            pass, it returns their keys and values block by block, computed or cached.
-        compute_dtype: dtype of activations; the weights' own when None.
+        family: which published model it is.
+        spec: its actual shape.
+        modulation, blocks: the two parts; used one after the other, never together.
+        ready: called with a part just before it computes; loads it and returns its device.
+        attention: computes attention in every block.
+        reference_cache: for a family with isolated references: called with them and their pass, it
+            returns their keys and values block by block, computed or cached.
+        compute_dtype: dtype of activations; None: that of the weights.
     """
 
     supports = frozenset({"dropped tokens"})  # of `Reference.controls`
@@ -62,7 +62,7 @@ class Flux(nn.Module):
         modulation: FluxModulation,
         blocks: FluxBlocks,
         *,
-        ready: Callable[[nn.Module], torch.device] = _where_it_is,
+        ready: Callable[[nn.Module], torch.device] = _device_of,
         attention: Attention | None = None,
         reference_cache: ReferenceCache = cache_for_the_run,
         compute_dtype: torch.dtype | None = None,
@@ -93,18 +93,18 @@ class Flux(nn.Module):
         """Computes all that does not depend on the noisy tokens.
 
         Args:
-            conditionings: each has a plan of its own; text and reference batches are 1 or the
+            conditionings: one plan is made for each; text and reference batches are 1 or the
                 target's, text and tokens are this model's (`sampling.check.check_conditioning`).
-            target: its ids and batch are used, its values are not.
-            sigmas: (S+1,), where each step begins, and the end.
-            asked: the noise levels whose modulation is computed up front; None: where each step
-                begins. Others are computed when they are asked for.
+            target: only its position ids and batch are used.
+            sigmas: (S + 1,), the level at which each step begins, and the last one.
+            asked: the noise levels whose modulation is computed up front; None: those at which
+                steps begin. Others are computed on demand.
 
         Raises:
-            SettingError: no guidance for a network that has the input.
+            SettingError: no guidance for a network that has a guidance input.
         """
         levels = [float(sigma) for sigma in sigmas[:-1]]
-        isolated = [0.0] if self.family.references.isolated else []  # what they are modulated with
+        isolated = [0.0] if self.family.references.isolated else []  # the sigma of their own pass
         planned = dict.fromkeys([*(levels if asked is None else asked), *isolated])
         device = self.ready(self.modulation)
         modulations = [
@@ -137,7 +137,7 @@ class Flux(nn.Module):
             img: (B, N, D) tokens in the transformer's scale; references may follow the target.
             img_ids, txt_ids: (N, A), (T, A), or the same with a batch axis.
             txt: (B, T, E). y: (B, P), FLUX.1's pooled text. timesteps: (B,) sigma in 0..1.
-            guidance: (B,), for a model with the input.
+            guidance: (B,), for a model with a guidance input.
 
         Returns:
             (B, N, D), the velocity of every image token.
@@ -166,7 +166,7 @@ class Flux(nn.Module):
             sequence=sequence,
             rope=self._rope(sequence, device),
             sigmas=[sigma],
-            modulations={sigma: mod},  # of each row's own timestep
+            modulations={sigma: mod},  # each row has its own timestep
             modulate=lambda _: mod,
         )
         return plan.velocity(img.to(device), sigma)
@@ -207,7 +207,7 @@ class Flux(nn.Module):
         if given and rule.isolated:
             own = arrange(text=text, target=target)
             sequence = arrange(text=text, target=target, references=given, order=rule.sequence)
-            references, key = None, _same_references(conditioning)
+            references, key = None, _reference_key(conditioning)
             if key not in shared:
                 shared[key] = self._cached(conditioning, sequence, modulations[0.0], device)
             cached = shared[key]
@@ -237,7 +237,7 @@ class Flux(nn.Module):
         modulation: StepModulation,
         device: torch.device,
     ) -> Iterable[KeyValue]:
-        """Asks for the keys and values of isolated references."""
+        """Asks the reference cache for the keys and values of isolated references."""
         alone = sequence.only("reference")
         computed = ReferencePass(
             blocks=self.blocks,
@@ -250,7 +250,7 @@ class Flux(nn.Module):
         return self.reference_cache(tuple(one.tokens for one in conditioning.references), computed)
 
     def _project(self, references: Sequence[Reference], device: torch.device) -> Tensor:
-        """Brings references into the transformer's scale and width: (B, R, hidden)."""
+        """Scales and projects references to (B, R, hidden)."""
         several = [one.tokens.latent.to_network(one.tokens.values) for one in references]
         batch = max(values.shape[0] for values in several)
         joined = torch.cat([values.expand(batch, -1, -1) for values in several], dim=1)
@@ -260,8 +260,8 @@ class Flux(nn.Module):
         return rope_table(sequence.ids, self.spec.axes_dim, self.spec.theta, device)
 
 
-def _same_references(conditioning: Conditioning) -> tuple[object, ...]:
-    """What conditionings of one run that share their references have in common."""
+def _reference_key(conditioning: Conditioning) -> tuple[object, ...]:
+    """A key that is equal for conditionings of one run with the same references."""
     positions = (
         (id(one.tokens.values), one.tokens.ids.cpu().numpy().tobytes())
         for one in conditioning.references
@@ -277,7 +277,7 @@ def build_flux(
     device: torch.device | str | None = None,
     operations: Operations | None = None,
 ) -> Flux:
-    """Builds the network with unset weights; `spec` is the family's own when None."""
+    """Builds the network with uninitialised weights; `spec` None: the family's own."""
     spec = spec or family.transformer
     return Flux(
         family,

@@ -1,4 +1,4 @@
-"""The part of the network that every step needs: projections, blocks, the last linear layer."""
+"""The part of the network that every step runs: projections, blocks, the last linear layer."""
 
 import torch
 from torch import nn

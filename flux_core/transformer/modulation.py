@@ -1,8 +1,8 @@
-"""All of the network that depends on the timestep, the guidance and the pooled text.
+"""The part of the network that depends only on timestep, guidance and pooled text.
 
 27.5 % of FLUX.1's weights do nothing but turn one vector per step into shifts, scales and gates;
-FLUX.2 shares them between its blocks. They live in this module of their own so that a run can use
-them once, up front, and free them. Key names are the published ones.
+FLUX.2 shares them between its blocks. They are a module of their own so that a run can use them
+once, up front, and unload them. Key names are the published ones.
 Source: black-forest-labs/flux@802fb47 src/flux/modules/layers.py MLPEmbedder, Modulation,
 LastLayer, timestep_embedding; black-forest-labs/flux2@ab7cca6 src/flux2/model.py Flux2. Deviation:
 the timestep embedding stays float32 until it meets the first weight (published code multiplies by
@@ -46,7 +46,7 @@ class StepModulation:
 
 
 def timestep_embedding(t: Tensor, width: int = EMBEDDING_WIDTH) -> Tensor:
-    """Embed t (B,), sigma in 0..1 or guidance, as (B, width) float32: cosines, then sines."""
+    """Embeds t (B,), sigma in 0..1 or guidance, as (B, width) float32: cosines, then sines."""
     half = width // 2
     frequencies = torch.exp(
         -math.log(10_000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
@@ -105,7 +105,7 @@ class _FinalModulation(nn.Module):
 
 
 class FluxModulation(nn.Module):
-    """Timestep, guidance and pooled text to the modulation of every block."""
+    """Computes the modulation of every block from timestep, guidance and pooled text."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class FluxModulation(nn.Module):
     def forward(
         self, t: Tensor, pooled: Tensor | None, guidance: Tensor | None, dtype: torch.dtype
     ) -> StepModulation:
-        """Compute one step's modulation.
+        """Returns one step's modulation.
 
         Args:
             t: (B,) sigma in 0..1, float32.
@@ -148,7 +148,7 @@ class FluxModulation(nn.Module):
             dtype: of the computation.
 
         Raises:
-            SettingError: a model with a guidance input is given none.
+            SettingError: guidance is None for a model with a guidance input.
         """
         vec = self.time_in(timestep_embedding(t).to(dtype))
         if self.spec.has_guidance:

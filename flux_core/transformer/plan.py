@@ -1,4 +1,4 @@
-"""A plan: everything a run needs that does not depend on the noisy tokens, made once."""
+"""A plan: everything a run needs that does not depend on the noisy tokens, computed once."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +18,11 @@ from .rope import Rope
 
 
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:
-    """The step that a sigma belongs to: it ends where the next one begins.
+    """Returns the step that a sigma belongs to; a step ends where the next one begins.
 
     Args:
-        sigma: any noise level, listed or between two that are.
-        sigmas: where each step begins, falling.
+        sigma: any noise level, in the list or between two of it.
+        sigmas: the level at which each step begins, falling.
     """
     return max(sum(1 for level in sigmas if level >= sigma) - 1, 0)
 
@@ -31,10 +31,10 @@ def step_of(sigma: float, sigmas: Sequence[float]) -> int:
 class Plan:
     """One conditioning, ready for every step of one list of sigmas.
 
-    Held: projected text (B, T, hidden), projected references (B, R, hidden) or None, the rotation
-    of every token, and the modulation of each sigma. `own` are the tokens that are computed in
-    every step, in the order text | target | references. Isolated references are none of them:
-    `cached` has what each block's other tokens see of them, and `sequence` where they stand.
+    It holds projected text (B, T, hidden), projected references (B, R, hidden) or None, the
+    rotation of every token, and the modulation of each sigma. `own` are the tokens that are
+    computed in every step, in the order text | target | references. Isolated references are not
+    among them: `cached` holds their keys and values for each block, `sequence` their range.
     """
 
     blocks: FluxBlocks
@@ -44,14 +44,14 @@ class Plan:
     own: TokenSequence
     sequence: TokenSequence
     rope: Rope
-    sigmas: Sequence[float]  # where each step begins
+    sigmas: Sequence[float]  # the level at which each step begins
     modulations: dict[float, StepModulation]
-    modulate: Callable[[float], StepModulation]  # of a sigma that is not among them
+    modulate: Callable[[float], StepModulation]  # for a sigma that is not in `modulations`
     cached: Iterable[KeyValue] | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         return self.txt.device
 
     def velocity(self, x: TokenValues, sigma: float) -> TokenValues:
@@ -59,7 +59,7 @@ class Plan:
 
         Args:
             x: (B, N, D) noisy target tokens in the transformer's scale.
-            sigma: their noise level, in 0..1; one that was not planned costs its modulation.
+            sigma: their noise level, in 0..1; the modulation of an unplanned one is computed now.
 
         Returns:
             (B, N, D) in x's dtype; references are read and never predicted.
@@ -90,7 +90,7 @@ class Plan:
         joint, wanted = torch.cat((txt, img), dim=1), slice(None)
         target = slice(length, length + x.shape[1])
         for single, one in zip(singles, mod.single, strict=True):
-            if single is singles[-1]:  # only the target is read of it
+            if single is singles[-1]:  # only its target tokens are read
                 wanted = target
                 where = replace(where, queries=self.own.only("target"), rope=self.rope[target])
             joint = single(joint, one, self.rope, attention, where, wanted)

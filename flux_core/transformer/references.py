@@ -1,8 +1,8 @@
-"""Isolated references: what a model trained for it computes once, and every step reuses.
+"""Isolated references: keys and values that are computed once and reused in every step.
 
-They see themselves alone, at t = 0. So what each block's other tokens see of them, their rotated
-keys and values, depends on weights and references only, and may be cached. Both halves are
-something around an attention: one writes keys and values down, the other joins them to its own.
+Isolated references attend to references only, at t = 0. So their rotated keys and values depend
+on weights and references only, and may be cached. Both halves wrap an attention: one records
+keys and values, the other joins the recorded ones to those of the other tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,18 +22,18 @@ from .rope import Rope
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """Rotated keys and values (1 or B, R, H, D) that tokens of one block attend to as well."""
+    """Rotated keys and values (1 or B, R, H, D) of isolated references in one block."""
 
     key: Tensor
     value: Tensor
 
 
 class _Recorder:
-    """Attends as `attention` does, and holds the last keys and values it saw."""
+    """Attends as `attention` does, and records the last keys and values."""
 
     def __init__(self, attention: Attention) -> None:
         self.attention, self.name = attention, attention.name
-        self._seen: KeyValue | None = None
+        self._recorded: KeyValue | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         self._record(k, v)
@@ -46,21 +46,21 @@ class _Recorder:
         return self.attention.with_lse(q, k, v, where)
 
     def _record(self, k: Tensor, v: Tensor) -> None:
-        self._seen = KeyValue(k, v.contiguous())  # v is a view into a wide projection
+        self._recorded = KeyValue(k, v.contiguous())  # v is a view into a wide projection
 
     def take(self) -> KeyValue:
-        seen, self._seen = self._seen, None
-        assert seen is not None
-        return seen
+        recorded, self._recorded = self._recorded, None
+        assert recorded is not None
+        return recorded
 
 
 class JoinedReferences:
     """Attends as `attention` does, with cached keys and values joined block by block.
 
     Args:
-        attention: what computes.
-        cached: keys and values of each block, in the order in which blocks attend.
-        sequence: the whole sequence, references included; says where they stand in it.
+        attention: the attention to wrap.
+        cached: keys and values of each block, in the order in which the blocks run.
+        sequence: the whole sequence, with the range of the references.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class JoinedReferences:
         )
 
     def _join(self, k: Tensor, v: Tensor, where: Where) -> tuple[Tensor, Tensor]:
-        if where.block != self._block:  # a block may ask twice: for the lse, then without
+        if where.block != self._block:  # a block may call twice, with and without the lse
             self._block, self._here = where.block, next(self._cached)
         at = self._range.start
         return _insert(k, self._here.key, at), _insert(v, self._here.value, at)
@@ -96,9 +96,9 @@ def _insert(own: Tensor, cached: Tensor, at: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferencePass:
-    """Isolated references on their way through the blocks, with no text and no target.
+    """The forward pass of isolated references, with no text and no target.
 
-    Iterated over, it computes keys and values anew, block by block.
+    Each iteration recomputes keys and values, block by block.
 
     Source: black-forest-labs/flux2 src/flux2/model.py forward_kv_extract.
     """
@@ -111,7 +111,7 @@ class ReferencePass:
     modulation: StepModulation  # at t = 0
 
     def __iter__(self) -> Iterator[KeyValue]:
-        """Yields what each double, then each single block's other tokens see of them."""
+        """Yields keys and values of each double block, then of each single block."""
         x, mod = self.references, self.modulation
         recorder = _Recorder(self.attention)
         doubles = cast(Sequence[DoubleBlock], self.blocks.double_blocks)
@@ -124,7 +124,7 @@ class ReferencePass:
             yield recorder.take()
             where = replace(where, block=where.block + 1)
         for single, one in zip(singles, mod.single, strict=True):
-            # Nobody reads the last block's result: no token asks in it.
+            # The last block's result is not read, so it has no queries.
             wanted = slice(0, 0) if single is singles[-1] else slice(None)
             x = single(x, one, self.rope, recorder, where, wanted)
             yield recorder.take()

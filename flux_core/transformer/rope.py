@@ -1,7 +1,7 @@
 """Rotary position embedding over several id axes.
 
 Source: black-forest-labs/flux@802fb47 src/flux/math.py rope, apply_rope. Deviation: the
-frequencies are made in float64, as diffusers and ComfyUI do; float32 differs by about 1e-7.
+frequencies are computed in float64, as diffusers and ComfyUI do; float32 differs by about 1e-7.
 """
 
 from typing import Annotated, TypeAlias
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from ..types import Ids
 
-Rope: TypeAlias = Annotated[Tensor, "L 1 D/2, complex64, of length 1"]  # a turn per channel pair
+Rope: TypeAlias = Annotated[Tensor, "L 1 D/2, complex64, of length 1"]  # one per channel pair
 
 
 def rope_table(
     ids: Ids, axes_dim: tuple[int, ...], theta: float, device: torch.device | str | None = None
 ) -> Rope:
-    """Compute the turn of every token and channel pair.
+    """Returns the rotation of every token and channel pair.
 
     Args:
-        ids: (L, A) positions.
+        ids: (L, A) position ids.
         axes_dim: channels of a head that each axis rotates; their sum is the head width.
         theta: base of the frequencies.
-        device: where the result goes; the float64 work is done on the CPU (MPS has none).
+        device: where the result goes; the angles are computed on the CPU (MPS has no float64).
     """
     positions = ids.detach().to("cpu", torch.float64)
     angles = [
@@ -35,7 +35,7 @@ def rope_table(
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotates adjacent channel pairs of x (B, L, H, D) in float32; the result is float32.
+    """Rotates adjacent channel pairs of x (B, L, H, D); the result is float32.
 
     A pair is one complex number and its rotation one product: a single pass over memory.
     """
@@ -44,5 +44,5 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def unrotate(x: Tensor, rope: Rope) -> Tensor:
-    """The inverse of `rotate`, exact but for rounding: what a query was before its rotation."""
+    """The inverse of `rotate`, exact up to rounding."""
     return rotate(x, rope.conj())

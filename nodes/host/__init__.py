@@ -1,4 +1,4 @@
-"""The only door to ComfyUI; everything else in the pack goes through it, or through `native/`."""
+"""The only door to ComfyUI: the rest of the pack goes through it, or through `native/`."""
 
 from .attention import autoencoder_attention, transformer_attention
 from .devices import (

@@ -22,16 +22,16 @@ _FLAGS = (
 
 
 def transformer_attention(device: torch.device) -> Attention:
-    """What computes a transformer's attention: ComfyUI's choice.
+    """Returns the attention for a transformer: ComfyUI's choice.
 
     On a CPU it is PyTorch's unless a flag says otherwise: ComfyUI's default there, sub-quadratic,
-    is of a time when PyTorch held the whole matrix.
+    dates from when PyTorch held the whole matrix in memory.
     """
     return PyTorchAttention() if _is_plain(device) else ComfyAttention()
 
 
 def autoencoder_attention(device: torch.device) -> AttendCells:
-    """What computes an autoencoder's attention, chosen as for transformers."""
+    """Returns the attention for an autoencoder, chosen as for transformers."""
     return attend_cells if _is_plain(device) else vae.vae_attention()
 
 
@@ -40,11 +40,11 @@ def _is_plain(device: torch.device) -> bool:
 
 
 class ComfyAttention:
-    """`optimized_attention`, looked up at every call: other packs put theirs in its place."""
+    """`optimized_attention`, looked up at every call: other packs replace it."""
 
     @property
     def name(self) -> str:
-        """Which function it is, and what PyTorch may choose from."""
+        """The function's name, and the kernels that PyTorch may choose from."""
         chosen = attention.optimized_attention
         function = getattr(chosen, "__qualname__", None) or repr(chosen)  # it may be any callable
         return f"{getattr(chosen, '__module__', '')}.{function}, {PyTorchAttention().name}"
@@ -59,7 +59,7 @@ class ComfyAttention:
     def with_lse(
         self, q: Tensor, k: Tensor, v: Tensor, where: Where
     ) -> tuple[Tensor, Tensor] | None:
-        """With the log-sum-exp where ComfyUI's choice is PyTorch; the others give none."""
+        """The same with the log-sum-exp if ComfyUI's choice is PyTorch; None for other backends."""
         if attention.optimized_attention is not attention.attention_pytorch:
             return None
         return PyTorchAttention().with_lse(q, k, v, where)

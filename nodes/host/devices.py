@@ -13,19 +13,19 @@ from ...flux_core.operations import Operations
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_CHOICES = ["auto", *DTYPES]
-_SHARE_OF_RAM = 0.5  # float32 on a CPU only if the weights fill at most this much of free memory
+_SHARE_OF_RAM = 0.5  # float32 on a CPU only if the weights fill at most this share of free memory
 
 
 def operations() -> Operations:
-    """The layers that ComfyUI can move and stream; weights are stored as they compute."""
+    """The layers that ComfyUI can load and stream, with weights in the compute dtype."""
     return comfy.ops.disable_weight_init
 
 
 def stored_operations(dtype: torch.dtype) -> Operations | None:
-    """Layers that hold quantised weights as well, and dequantise them to this dtype.
+    """The layers that also hold quantised weights, and dequantise them to this dtype.
 
-    Activations stay as they are: ComfyUI's fast products of float8 would round them. None where
-    ComfyUI runs without comfy-kitchen, which holds such weights.
+    Activations are not quantised: ComfyUI's fast float8 matrix products would round them. None
+    where ComfyUI runs without comfy-kitchen, which implements such weights.
     """
     if not issubclass(comfy.quant_ops.QuantizedTensor, Tensor):
         return None
@@ -33,22 +33,22 @@ def stored_operations(dtype: torch.dtype) -> Operations | None:
 
 
 def model_devices() -> tuple[torch.device, torch.device]:
-    """Where a transformer computes, and where it waits."""
+    """The load and offload device of a transformer."""
     return mm.get_torch_device(), mm.unet_offload_device()
 
 
 def text_devices() -> tuple[torch.device, torch.device]:
-    """Where text encoders compute, and where they wait."""
+    """The load and offload device of text encoders."""
     return mm.text_encoder_device(), mm.text_encoder_offload_device()
 
 
 def autoencoder_devices() -> tuple[torch.device, torch.device]:
-    """Where an autoencoder computes, and where it waits."""
+    """The load and offload device of an autoencoder."""
     return mm.vae_device(), mm.vae_offload_device()
 
 
 def model_dtype(choice: str, parameters: int) -> torch.dtype:
-    """Chooses the dtype a transformer of so many parameters is stored in and computes in."""
+    """Chooses the dtype of a transformer's weights and activations; `parameters` is its size."""
     device, _ = model_devices()
     order = [torch.bfloat16, torch.float16, torch.float32]
     own = mm.unet_dtype(device, parameters, supported_dtypes=order)
@@ -72,7 +72,7 @@ def autoencoder_dtype(choice: str) -> torch.dtype:
 
 
 def _chosen(choice: str, own: torch.dtype, device: torch.device, parameters: int) -> torch.dtype:
-    """Follows the user, else ComfyUI; on a CPU without room for float32 take bfloat16."""
+    """The user's choice, else ComfyUI's; bfloat16 on a CPU without room for float32."""
     if choice in DTYPES:
         return DTYPES[choice]
     if own not in DTYPES.values():
@@ -84,12 +84,12 @@ def _chosen(choice: str, own: torch.dtype, device: torch.device, parameters: int
 
 
 def to_outputs(tensor: Tensor) -> Tensor:
-    """Moves a result to where ComfyUI keeps what travels between nodes."""
+    """Moves a result to the device on which ComfyUI keeps node outputs."""
     return tensor.to(mm.intermediate_device())
 
 
 def available_bytes(device: torch.device) -> float:
-    """Bytes that are free on a device, and that ComfyUI could free there by unloading models."""
+    """Bytes that are free on a device, or that ComfyUI could free by unloading models."""
     free = free_bytes(device)
     if mm.is_device_cpu(device):
         return free
@@ -113,7 +113,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def require_room(needed: int, job: str, fix: str) -> None:
-    """Refuses a tensor that the CPU's memory cannot hold.
+    """Raises for a tensor that the CPU's memory cannot hold.
 
     Raises:
         MemoryLimitError: it needs more bytes than there are.

@@ -16,7 +16,7 @@ from torch import nn
 if TYPE_CHECKING:
     from ...flux_core.weights.lora import LoraPart
 
-# ComfyUI's classic patcher, to build on. Models are wrapped by `wrap`, which asks ComfyUI's choice.
+# ComfyUI's classic patcher, to subclass. `wrap` uses the class that ComfyUI chose at its start.
 Patcher = comfy.model_patcher.ModelPatcher
 
 
@@ -25,7 +25,7 @@ def wrap(module: nn.Module, devices: tuple[torch.device, torch.device]) -> Any:
     module.eval().requires_grad_(False)
     mm.archive_model_dtypes(module)
     held: Any = module
-    for layer in quantised_layers(module).values():  # room for its numbers beside what is stored
+    for layer in quantised_layers(module).values():  # so that ComfyUI reserves room to dequantise
         held.manual_cast_dtype = layer.weight.dtype
     # Looked up here: ComfyUI binds another class to this name when it starts with DynamicVRAM.
     return comfy.model_patcher.CoreModelPatcher(
@@ -34,25 +34,25 @@ def wrap(module: nn.Module, devices: tuple[torch.device, torch.device]) -> Any:
 
 
 def changed(patcher: Any, parts: Sequence["LoraPart"]) -> Any:
-    """Clones a patcher, and puts on the clone those changes that are of its model.
+    """Returns a clone of a patcher with those changes that belong to its model.
 
     ComfyUI adds them to the weights when it loads the clone, in its own dtype for LoRAs: float32,
-    or float16 on GPUs that compute well in it. It takes them off for another clone.
+    or float16 on GPUs that compute well in it. It removes them when another clone is loaded.
     """
     clone = patcher.clone()
     state = patcher.model.state_dict()
-    # One call takes one strength, and each slice once.
+    # One call of add_patches takes one strength, and each slice once.
     calls: dict[float, list[dict[object, Any]]] = {}
     for part in parts:
         if part.key not in state:
             continue
-        place = part.key if part.whole else (part.key, (0, part.start, part.rows))
+        target = part.key if part.whole else (part.key, (0, part.start, part.rows))
         groups = calls.setdefault(part.scale, [])
-        group = next((one for one in groups if place not in one), None)
+        group = next((one for one in groups if target not in one), None)
         if group is None:
             group = {}
             groups.append(group)
-        group[place] = _patch(part)
+        group[target] = _patch(part)
     for scale, groups in calls.items():
         for group in groups:
             clone.add_patches(group, scale)
@@ -69,7 +69,7 @@ def quantised_layers(module: nn.Module) -> dict[str, Any]:
 
 
 def _patch(part: "LoraPart") -> Any:
-    """A change as ComfyUI's own adapters."""
+    """Converts a change to one of ComfyUI's own adapters."""
     from ...flux_core.weights.lora import Kronecker, LowRank
 
     change = part.change
@@ -83,7 +83,7 @@ def _patch(part: "LoraPart") -> Any:
 
 
 def load(patchers: Sequence[Any], activations: int) -> torch.device:
-    """Loads models to where they compute, with room for so many bytes of activations."""
+    """Loads models onto their devices, with room for so many bytes of activations."""
     mm.load_models_gpu(list(patchers), memory_required=activations)
     return patchers[0].load_device
 
@@ -101,8 +101,8 @@ def load_whole(patcher: Any) -> None:
 
 
 def unload(patcher: Any) -> None:
-    """Frees what one model holds where it computes, and leaves every other model in place."""
-    if patcher.is_dynamic():  # keeps its pinned copy in RAM, so that it comes back fast
+    """Unloads one model, and leaves every other one loaded."""
+    if patcher.is_dynamic():  # keeps its pinned copy in RAM, so that it loads fast
         patcher.partially_unload(patcher.offload_device, patcher.loaded_size())
         return
     loaded = mm.current_loaded_models

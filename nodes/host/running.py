@@ -1,4 +1,4 @@
-"""A node that runs: notes on it, progress, previews, and cancelling.
+"""The running node: notes on it, progress, previews, and cancelling.
 
 `Any` stands for ComfyUI's own classes, which carry no usable types.
 """
@@ -33,10 +33,10 @@ _PREVIEWED = (comfy.latent_formats.Flux, comfy.latent_formats.Flux2)
 
 
 def latent_samples(latent: Any) -> Tensor:
-    """Takes the tensor out of a LATENT.
+    """Returns the tensor of a LATENT.
 
     Raises:
-        SettingError: it carries something that tokens cannot, and that would be lost.
+        SettingError: it carries something that tokens cannot, which would be lost.
     """
     if latent.get("noise_mask") is not None:
         raise SettingError(
@@ -70,7 +70,7 @@ def notify(notes: Sequence[str]) -> None:
 
 
 def is_prompt_running() -> bool:
-    """Whether ComfyUI works on a prompt; what it asks for otherwise, a person asked for."""
+    """Whether ComfyUI is running a prompt; if not, unloading was a person's request."""
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
@@ -83,7 +83,7 @@ def stop_if_cancelled() -> None:
 
 
 class Progress:
-    """Shows each step: the bar, a preview, and cancelling between steps."""
+    """Shows each step as progress and preview, and cancels between steps."""
 
     def __init__(self, target: Tokens, device: torch.device) -> None:
         stop_if_cancelled()
@@ -100,14 +100,14 @@ class Progress:
     def _preview(self, denoised: Latent) -> Any:
         short, long = sorted(self.target.grid)
         if self._previewer is None or long >= _PREVIEW_PX * short:
-            return None  # ComfyUI would shrink the short side to nothing, and stop its server
+            return None  # ComfyUI would shrink the short side to 0 and crash
         return self._previewer.decode_latent_to_preview_image("JPEG", denoised)
 
 
 def drive(run: Run, device: torch.device) -> Step:
-    """Runs to the last step under ComfyUI's progress, previews and cancelling.
+    """Runs every step under ComfyUI's progress, previews and cancelling; returns the last.
 
-    The steps are closed however this ends, so nothing they hold outlives a cancel.
+    The generator is always closed, so nothing it holds outlives a cancel.
     """
     target = run.job.noise
     show, last = Progress(target, device), None
@@ -120,7 +120,7 @@ def drive(run: Run, device: torch.device) -> Step:
 
 
 def latent_format(spec: LatentSpec) -> Any:
-    """Describes a latent to ComfyUI's previews, in its own words where those fit."""
+    """Returns ComfyUI's latent format for previews, with our colours where the spec has any."""
     described: Any = next(one for one in _PREVIEWED if one.latent_channels == spec.channels)()
     if spec.preview_rgb:
         *described.latent_rgb_factors, described.latent_rgb_factors_bias = spec.preview_rgb

@@ -1,4 +1,4 @@
-"""What ComfyUI's own samplers ask of a model, and of a guider around it.
+"""What ComfyUI's own samplers read from a model, and from a guider around it.
 
 `Any` stands for ComfyUI's own classes, which carry no usable types.
 """
@@ -18,7 +18,7 @@ from .running import latent_format
 
 
 class _FlowLevels(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
-    """FLUX's noise levels, 1 for noise to 0, by which samplers know a flow model."""
+    """FLUX's noise levels, 1 for noise to 0, by which samplers recognise a flow model."""
 
 
 class _EvenLevels(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
@@ -35,7 +35,7 @@ def _levels(family: FluxFamily) -> Any:
 
 
 class SampledModel:
-    """FLUX to ComfyUI's samplers: its latents and noise levels; the guider does its work."""
+    """FLUX as ComfyUI's samplers see it: latents and noise levels; the guider runs the network."""
 
     def __init__(self, family: FluxFamily, model_sampling: Any) -> None:
         self.spec = family.latent
@@ -43,17 +43,17 @@ class SampledModel:
         self.model_sampling = model_sampling or _levels(family)
 
     def process_latent_in(self, latent: Latent) -> Latent:
-        """An image's latent in the transformer's scale."""
+        """Converts an image's latent to the transformer's scale."""
         return self.spec.to_network(latent)
 
     def process_latent_out(self, latent: Latent) -> Latent:
-        """The inverse."""
+        """The inverse of `process_latent_in`."""
         return self.spec.from_network(latent)
 
     def scale_latent_inpaint(
         self, sigma: Tensor, noise: Latent, latent_image: Latent, **_: object
     ) -> Latent:
-        """What a masked-out area is at a noise level."""
+        """Returns latent_image noised to sigma, for the area outside the mask."""
         return self.model_sampling.noise_scaling(sigma, noise, latent_image)
 
 
@@ -65,15 +65,15 @@ class SampledPatcher:
         self.model_options: dict[str, Any] = {"transformer_options": {}}
 
     def get_model_object(self, name: str) -> Any:
-        """A part of the model by its name."""
+        """Returns a part of the model by its name."""
         return getattr(self.model, name)
 
 
 def is_sampler(value: object) -> bool:
-    """Whether this is a SAMPLER."""
+    """Whether a value is a SAMPLER."""
     return isinstance(value, comfy.samplers.Sampler)
 
 
 def fitted_mask(mask: Tensor, latent: Latent, device: torch.device) -> Tensor:
-    """A noise mask brought to a latent's shape, as ComfyUI's samplers do."""
+    """Resizes a noise mask to a latent's shape, as ComfyUI's samplers do."""
     return comfy.sampler_helpers.prepare_mask(mask, latent.shape, device).float()

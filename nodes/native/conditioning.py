@@ -1,6 +1,6 @@
 """ComfyUI's own CONDITIONING on our sockets.
 
-Our samplers compute with a CONDITIONING what KSampler computes with it. `Any` stands for
+Our samplers compute the same from a CONDITIONING as KSampler does. `Any` stands for
 ComfyUI's own classes, which carry no usable types.
 
 Source: Comfy-Org/ComfyUI@14b05228 comfy/model_base.py Flux.extra_conds, Flux2.extra_conds;
@@ -32,12 +32,12 @@ from .latent import as_tokens, latent_spec
 
 AnyConditioning: TypeAlias = Conditioning | Any  # the other is ComfyUI's CONDITIONING
 AnyText: TypeAlias = TextFeatures | Any  # likewise
-_Model: TypeAlias = ModelHandle | NativeModelHandle | None  # None where it is not known yet
+_Model: TypeAlias = ModelHandle | NativeModelHandle | None  # None where the model is not known yet
 
-_SILENT_GUIDANCE = 3.5  # what ComfyUI takes where nothing is said
-_FILLED = 512  # tokens; ComfyUI puts empty ones before a shorter text of FLUX.2
+_COMFY_GUIDANCE = 3.5  # ComfyUI's default where a CONDITIONING sets none
+_PADDED = 512  # tokens; ComfyUI pads a shorter text of FLUX.2 with empty ones, on the left
 _SOURCE = "ComfyUI's CONDITIONING"
-# Text of other models, by width of its tokens and of what is pooled; 0: nothing is.
+# Text of other models, by token width and pooled width; 0: no pooled text.
 _OTHERS = {
     (768, 768): "SD 1.5's, or CLIP-L's alone",
     (768, 0): "CLIP-L's alone",
@@ -54,17 +54,17 @@ _OTHERS = {
 def as_conditioning(
     wired: AnyConditioning, model: _Model = None, name: str = "conditioning"
 ) -> Conditioning:
-    """Take what is wired to a conditioning socket: ours, or a CONDITIONING.
+    """Returns the conditioning wired to a socket: ours as it is, or a CONDITIONING converted.
 
     Args:
         wired: what is wired.
-        model: what will read it, where that is known; else widths and channels say whose it is.
-        name: of the socket.
+        model: the model that will read it, if known; else widths and channels tell the family.
+        name: the socket's, for messages.
 
     Raises:
         FamilyMismatchError: text or references of another model.
         ShapeError, NonFiniteError: tensors that cannot be read.
-        SettingError: it carries what only ComfyUI's samplers read, or is no CONDITIONING at all.
+        SettingError: it carries what only ComfyUI's samplers read, or is not a CONDITIONING.
     """
     if isinstance(wired, Conditioning):
         return wired
@@ -72,28 +72,28 @@ def as_conditioning(
     text = _text(txt, settings, model, name)
     check_keys(settings, name)
     references, notes = _references(settings, model, name)
-    guidance, about_it = _guidance(settings, model, name)
+    guidance, guidance_notes = _guidance(settings, model, name)
     return Conditioning(
         text=text,
         references=tuple(Reference(tokens=one) for one in references),
         guidance=guidance,
-        notes=(*notes, *about_it),
+        notes=(*notes, *guidance_notes),
     )
 
 
 def as_text(wired: AnyText, guidance: float | None) -> tuple[TextFeatures, float | None, list[str]]:
-    """Takes what is wired to a text socket: encoded text, or a CONDITIONING for its text.
+    """Returns the text wired to a text socket: encoded text, or that of a CONDITIONING.
 
     Args:
         wired: what is wired.
-        guidance: the node's own, which holds whatever the CONDITIONING says; None: what the
-            CONDITIONING says, else the model's default.
+        guidance: the node's own, which overrides the CONDITIONING's; None: the CONDITIONING's,
+            else the model's default.
 
     Returns:
-        The text, the guidance, and notes on what of the CONDITIONING does not hold.
+        The text, the guidance, and notes on what of the CONDITIONING is overridden.
 
     Raises:
-        GlassboxError: as `as_conditioning`; or it carries references, which are wired here.
+        GlassboxError: as `as_conditioning`; or it carries references, which have their own inputs.
     """
     if isinstance(wired, TextFeatures):
         return wired, guidance, []
@@ -118,14 +118,14 @@ def as_text(wired: AnyText, guidance: float | None) -> tuple[TextFeatures, float
 
 
 def is_guidance_off(wired: AnyConditioning) -> bool:
-    """Tell whether a CONDITIONING says that no guidance is to be read."""
+    """Whether a CONDITIONING disables guidance."""
     if isinstance(wired, Conditioning):
         return False
     return read_guidance(open_entry(wired, "conditioning")[1], "conditioning") == "off"
 
 
 def _text(txt: Tensor, settings: Settings, model: _Model, name: str) -> TextFeatures:
-    """Read text and pooled text, as long as ComfyUI makes it."""
+    """Returns text and pooled text, padded as ComfyUI pads it."""
     txt, pooled = read_text(txt, settings, name)
     widths = (txt.shape[-1], 0 if pooled is None else pooled.shape[-1])
     if model is None:
@@ -134,18 +134,18 @@ def _text(txt: Tensor, settings: Settings, model: _Model, name: str) -> TextFeat
     else:
         counts_text = model.family.latent.text_axis is not None
         spec = model.network.spec
-        pooled_width = 0 if counts_text else widths[1]  # what is not read may be there
+        pooled_width = 0 if counts_text else widths[1]  # it may be there, unread
         is_other = (widths[0], pooled_width) != (spec.context_width, spec.pooled_width)
     if is_other:
         raise _other_text(widths, model, name)
     if counts_text:
-        missing = max(0, _FILLED - txt.shape[1])
+        missing = max(0, _PADDED - txt.shape[1])
         txt, pooled = torch.nn.functional.pad(txt, (0, 0, missing, 0)), None
     return TextFeatures(txt=txt, pooled=pooled, source=_SOURCE)
 
 
 def _is_counted(width: int) -> bool:
-    """Tell whether this is text of a model that counts its text tokens, by its width."""
+    """Whether text of this width belongs to a model with position ids for text tokens."""
     counting = (one for one in FAMILIES.values() if one.latent.text_axis is not None)
     return any(one.transformer.context_width == width for one in counting)
 
@@ -179,13 +179,13 @@ def _pooled(width: int) -> str:
 def _references(
     settings: Settings, model: _Model, name: str
 ) -> tuple[tuple[Tokens, ...], list[str]]:
-    """Pack the reference latents and put them where ComfyUI does; notes on what it does to them."""
+    """Packs the reference latents with ComfyUI's position ids; returns them and notes."""
     latents, method = read_references(settings, name)
     own = None if model is None else model.family.latent
     packed, notes = list[Tokens](), list[str]()
     for number, latent in enumerate(latents, 1):
         spec = latent_spec(latent, own)
-        packed.append(as_tokens({"samples": _filled_up(latent, spec)}, spec))
+        packed.append(as_tokens({"samples": _padded(latent, spec)}, spec))
         if packed[-1].values.shape[1] * spec.patch**2 != latent.shape[2] * latent.shape[3]:
             notes.append(
                 f"reference {number} does not divide into tokens: its first row or column is "
@@ -206,8 +206,8 @@ def _references(
     )
 
 
-def _filled_up(latent: Tensor, spec: LatentSpec) -> Tensor:
-    """Repeat first rows and columns behind the last until (B, C, h, w) divides into tokens."""
+def _padded(latent: Tensor, spec: LatentSpec) -> Tensor:
+    """Pads (B, C, h, w) circularly at bottom and right until it divides into tokens."""
     height, width = (-side % spec.patch for side in latent.shape[2:])
     if not (height or width) or not latent.numel():
         return latent
@@ -215,7 +215,7 @@ def _filled_up(latent: Tensor, spec: LatentSpec) -> Tensor:
 
 
 def _guidance(settings: Settings, model: _Model, name: str) -> tuple[float | None, list[str]]:
-    """Give the guidance that ComfyUI takes, and a note where nobody has set it."""
+    """Returns the guidance that ComfyUI uses, and a note where it is ComfyUI's default."""
     found = read_guidance(settings, name)
     if isinstance(found, float):
         return found, []
@@ -225,7 +225,7 @@ def _guidance(settings: Settings, model: _Model, name: str) -> tuple[float | Non
         raise SettingError(
             f"The {name} input's CONDITIONING has its guidance switched off.",
             f"a number: {model.family.title} was distilled with guidance.",
-            "take 'FluxDisableGuidance' off, or put 'FluxGuidance' behind it.",
+            "take 'FluxDisableGuidance' off, or put 'FluxGuidance' after it.",
         )
-    note = f"the CONDITIONING sets no guidance: {_SILENT_GUIDANCE} is taken, as ComfyUI does."
-    return _SILENT_GUIDANCE, [note]
+    note = f"the CONDITIONING sets no guidance: {_COMFY_GUIDANCE} is taken, as ComfyUI does."
+    return _COMFY_GUIDANCE, [note]

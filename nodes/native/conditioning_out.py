@@ -19,7 +19,7 @@ _NO_GUIDANCE = (
 
 
 def to_native(wired: AnyConditioning) -> tuple[Any, str, list[str]]:
-    """Give a CONDITIONING, a report on it, and the notes in it: what ComfyUI cannot be told."""
+    """Returns a CONDITIONING, a report on it, and its notes: what a CONDITIONING cannot carry."""
     conditioning = as_conditioning(wired)
     check_controls(conditioning, frozenset(), "ComfyUI's CONDITIONING")
     settings, notes = _settings(conditioning, is_off=is_guidance_off(wired))
@@ -29,12 +29,12 @@ def to_native(wired: AnyConditioning) -> tuple[Any, str, list[str]]:
 
 
 def _settings(conditioning: Conditioning, *, is_off: bool) -> tuple[dict[str, Any], list[str]]:
-    """Give what ComfyUI reads beside the text, and what it cannot be told."""
+    """Returns the dict that goes with the text, and notes on what it cannot carry."""
     settings, notes = dict[str, Any](), list[str]()
     if conditioning.text.pooled is not None:
         settings["pooled_output"] = conditioning.text.pooled
     if is_off:
-        settings["guidance"] = None  # as FluxDisableGuidance says it
+        settings["guidance"] = None  # as FluxDisableGuidance sets it
     elif conditioning.guidance is None:
         notes.append(_NO_GUIDANCE)
     else:
@@ -45,7 +45,7 @@ def _settings(conditioning: Conditioning, *, is_off: bool) -> tuple[dict[str, An
         if method is None:
             notes.append(_BY_HAND)
         settings["reference_latents"] = [tokens_latent(one) for one in references]
-        # Left unsaid where it is the network's own: a node on the MODEL may have set another.
+        # Not set where it is the network's default: a node on the MODEL may have changed that.
         if (method or "index") != own_method(references[0].latent):
             settings["reference_latents_method"] = method or "index"
     return settings, notes

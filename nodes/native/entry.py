@@ -1,7 +1,7 @@
-"""One CONDITIONING of ComfyUI's, taken apart: what is read of it, and what is refused by name.
+"""The entry of a ComfyUI CONDITIONING: which keys are read, and which are refused by name.
 
-A CONDITIONING is a list of entries, each text and a dict of whatever nodes have put beside it.
-What only ComfyUI's samplers read changes the picture, so none of it is passed over.
+A CONDITIONING is a list of entries, each a text and a dict of whatever nodes have added to it.
+Keys that only ComfyUI's samplers read change the image, so none of them is silently ignored.
 """
 
 from typing import Any, Literal, NamedTuple, cast
@@ -13,7 +13,7 @@ from ...flux_core.checks import check_finite
 from ...flux_core.errors import SettingError, ShapeError, shorten
 from ...flux_core.values import MAX_GUIDANCE
 
-Settings = dict[object, Any]  # what stands beside the text; any key may hold anything
+Settings = dict[object, Any]  # the dict beside the text; any key may hold anything
 
 _COMMON = (torch.float32, torch.bfloat16, torch.float16)
 _READ = {
@@ -21,9 +21,9 @@ _READ = {
     "guidance",
     "reference_latents",
     "reference_latents_method",
-    "attention_mask",  # FLUX.2's text comes with it; ComfyUI's FLUX reads it with a size alone
+    "attention_mask",  # comes with FLUX.2's text; ComfyUI's FLUX reads it only together with a size
 }
-_WHOLE: dict[object, float] = {  # what says no more than "all of it"
+_WHOLE: dict[object, float] = {  # values that mean "everywhere and always", so nothing changes
     "strength": 1.0,
     "set_area_to_bounds": False,
     "start_percent": 0.0,
@@ -34,11 +34,11 @@ _WHOLE: dict[object, float] = {  # what says no more than "all of it"
 
 
 class _Foreign(NamedTuple):
-    """What only ComfyUI's samplers read."""
+    """Keys that only ComfyUI's samplers read."""
 
     keys: tuple[str, ...]
     what: str
-    node: str  # whose work it is
+    node: str  # the node that sets them
 
 
 _FOREIGN = (
@@ -80,15 +80,15 @@ _FOREIGN = (
         "'Apply Style Model' with strength_type attn_bias (multiply can be used)",
     ),
 )
-_MOST_BITS = 1024  # of a whole number that a message repeats
+_MAX_BITS = 1024  # of an integer that a message quotes
 _ELSEWHERE = "or sample with ComfyUI's own KSampler, which reads it."
 
 
 def open_entry(wired: object, name: str) -> tuple[Tensor, Settings]:
-    """Give text and settings of a CONDITIONING's only entry.
+    """Returns the text and the dict of a CONDITIONING's only entry.
 
     Raises:
-        SettingError: no CONDITIONING, an empty one, or one of several entries.
+        SettingError: not a CONDITIONING, an empty one, or one with several entries.
     """
     if not isinstance(wired, list | tuple):
         raise _no_conditioning(name, "nothing" if wired is None else _kind(wired))
@@ -114,18 +114,18 @@ def open_entry(wired: object, name: str) -> tuple[Tensor, Settings]:
 
 
 def read_text(text: Tensor, settings: Settings, name: str) -> tuple[Tensor, Tensor | None]:
-    """Give txt (B, T, E) and pooled (B or 1, P), or None.
+    """Returns txt (B, T, E), and pooled (B or 1, P) or None.
 
     Raises:
-        ShapeError: another rank, nothing in it, or batches that differ.
-        SettingError: no numbers with a fraction.
+        ShapeError: wrong rank, empty, or batches that differ.
+        SettingError: not a floating-point tensor.
         NonFiniteError: NaN or infinity.
     """
     pooled = settings.get("pooled_output")
     parts: list[tuple[str, Any, int]] = [("text", text, 3), ("pooled text", pooled, 2)]
     for part, values, rank in parts if pooled is not None else parts[:1]:
         whose = f"{part} of the {name} input's CONDITIONING"
-        if not _is_real(values):
+        if not _is_float_tensor(values):
             raise SettingError(
                 f"The {whose} is {_kind(values)}.",
                 "a tensor of numbers with a fraction.",
@@ -150,24 +150,24 @@ def read_text(text: Tensor, settings: Settings, name: str) -> tuple[Tensor, Tens
 
 
 def check_keys(settings: Settings, name: str) -> None:
-    """Refuse by name what only ComfyUI's samplers read, and what nobody here knows.
+    """Raises for keys that only ComfyUI's samplers read, and for unknown ones.
 
     Raises:
-        SettingError: there is some.
+        SettingError: there is such a key.
     """
-    there = [key for key, value in settings.items() if value is not None]
-    there = [key for key in there if not _is_whole(key, settings[key])]
-    known = [one for one in _FOREIGN if any(key in there for key in one.keys)]
+    present = [key for key, value in settings.items() if value is not None]
+    present = [key for key in present if not _is_whole(key, settings[key])]
+    known = [one for one in _FOREIGN if any(key in present for key in one.keys)]
     if known:
         carried = [
-            f"{one.what} ({', '.join(key for key in one.keys if key in there)})" for one in known
+            f"{one.what} ({', '.join(key for key in one.keys if key in present)})" for one in known
         ]
         raise SettingError(
             f"The {name} input's CONDITIONING carries {' and '.join(carried)}.",
             "text, references and guidance alone, for the whole picture and every step.",
             f"take {' and '.join(one.node for one in known)} off, {_ELSEWHERE}",
         )
-    unknown = [shorten(str(key)) for key in there if key not in _READ]
+    unknown = [shorten(str(key)) for key in present if key not in _READ]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise SettingError(
@@ -179,17 +179,17 @@ def check_keys(settings: Settings, name: str) -> None:
 
 
 def read_guidance(settings: Settings, name: str) -> float | Literal["absent", "off"]:
-    """Give the guidance; "off" is what FluxDisableGuidance says.
+    """Returns the guidance; "off" is what FluxDisableGuidance sets.
 
     Raises:
-        SettingError: no number from 0 to 100.
+        SettingError: not a number from 0 to 100.
     """
     found = settings.get("guidance", "absent")
     if "guidance" not in settings or found is None:
         return "absent" if "guidance" not in settings else "off"
     if not isinstance(found, int | float) or isinstance(found, bool) or not _in_range(found):
-        is_endless = isinstance(found, int) and found.bit_length() > _MOST_BITS
-        said = "beyond all numbers" if is_endless else shorten(str(found))
+        is_too_long = isinstance(found, int) and found.bit_length() > _MAX_BITS
+        said = "beyond all numbers" if is_too_long else shorten(str(found))
         raise SettingError(
             f"The {name} input's CONDITIONING carries guidance {said}.",
             f"a number from 0 to {MAX_GUIDANCE:g}.",
@@ -199,16 +199,16 @@ def read_guidance(settings: Settings, name: str) -> float | Literal["absent", "o
 
 
 def read_references(settings: Settings, name: str) -> tuple[list[Tensor], str | None]:
-    """Give the reference latents, (B, C, h, w) each, and the name of the rule that places them.
+    """Returns the reference latents, (B, C, h, w) each, and the name of the placement method.
 
     Raises:
-        SettingError: they are no latents.
+        SettingError: they are not latents.
     """
     found = settings.get("reference_latents")
     if found is None:
         return [], None
     latents = list(cast("list[object]", found)) if isinstance(found, list | tuple) else []
-    wrong = [_kind(one) for one in latents if not _is_real(one)]
+    wrong = [_kind(one) for one in latents if not _is_float_tensor(one)]
     if not isinstance(found, list | tuple):
         wrong = [_kind(found)]
     if wrong:
@@ -239,8 +239,8 @@ def _in_range(number: float) -> bool:
     return 0.0 <= number <= MAX_GUIDANCE
 
 
-def _is_real(value: object) -> bool:
-    """Tell numbers with a fraction that are there, one beside the other, from other tensors."""
+def _is_float_tensor(value: object) -> bool:
+    """Whether this is a strided floating-point tensor with data, not nested, sparse or meta."""
     return (
         isinstance(value, Tensor)
         and torch.is_floating_point(value)
@@ -250,7 +250,7 @@ def _is_real(value: object) -> bool:
 
 
 def _kind(value: object) -> str:
-    """Name what a value is, as the object of a sentence."""
+    """Describes a value for the object of a sentence."""
     if isinstance(value, Tensor):
         form = "nested " if value.is_nested else "" if value.layout is torch.strided else "sparse "
         empty = " without values" if value.is_meta else ""
@@ -259,5 +259,5 @@ def _kind(value: object) -> str:
 
 
 def _computable(values: Tensor) -> Tensor:
-    """Make of rarer formats, such as float64 and float8, the float32 that everything takes."""
+    """Converts rarer dtypes, such as float64 and float8, to float32, which every backend takes."""
     return values if values.dtype in _COMMON else values.float()

@@ -34,7 +34,7 @@ _OTHER = "choose another SAMPLER, or use [guided sampling] without one."
 class Guider:
     """One conditioning, or two with true CFG, on one model.
 
-    Samplers ask it for the denoised latent and look at `model_patcher`, `inner_model` and `cfg`.
+    Samplers call it for the denoised latent and read `model_patcher`, `inner_model` and `cfg`.
     """
 
     def __init__(
@@ -68,16 +68,17 @@ class Guider:
         """Samples as ComfyUI's CFGGuider does.
 
         Args:
-            noise, latent_image: (B, C, h, w), unscaled; an empty latent_image is zeros.
+            noise: (B, C, h, w), standard normal.
+            latent_image: (B, C, h, w), unscaled; zeros for an empty latent.
             sampler: a native SAMPLER.
-            sigmas: (S + 1,), falling; none returns latent_image.
+            sigmas: (S + 1,), falling; with no sigmas, latent_image is returned.
             denoise_mask: where it samples, of the latent's size or of the image's in pixels.
             callback: called with step, denoised, x, steps.
             disable_pbar: no progress bar on the console.
-            seed: of the noise that the sampler itself adds.
+            seed: of the noise that the sampler adds itself.
 
         Raises:
-            GlassboxError: what the network cannot do, with the setting to change.
+            GlassboxError: something the network cannot do, with the setting to change.
         """
         with settings_named(ON_GUIDER):
             if sigmas.shape[-1] == 0:

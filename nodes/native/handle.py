@@ -1,4 +1,4 @@
-"""ComfyUI's own MODEL on our model socket: sampling under its management, as ours is."""
+"""ComfyUI's own MODEL on our model socket, sampled under ComfyUI's memory management."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ AnyModel: TypeAlias = ModelHandle | Any  # the other is ComfyUI's ModelPatcher
 
 
 def as_model(model: AnyModel) -> "ModelHandle | NativeModelHandle":
-    """Takes what is wired to a model socket: a model of this pack's loaders, or a native MODEL."""
+    """Returns a handle on the model wired to a socket: ours as it is, a native MODEL wrapped."""
     return model if isinstance(model, ModelHandle) else NativeModelHandle(model)
 
 
@@ -30,14 +30,14 @@ class NativeModelHandle:
     """A native MODEL; it lives as long as the node that runs, or the guider it is in."""
 
     def __init__(self, patcher: Any) -> None:
-        from .network import NativeNetwork  # reading weights' names takes time to import
+        from .network import NativeNetwork  # its imports, for reading weight names, take time
 
         self.network = NativeNetwork(patcher)
         self.patcher, self.family, self.report = patcher, self.network.family, self.network.report
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         return self.patcher.load_device
 
     @property
@@ -46,16 +46,16 @@ class NativeModelHandle:
         return self.patcher.get_model_object("model_sampling")
 
     def with_lora(self, lora: "Lora", parts: Sequence["LoraPart"]) -> Any:
-        """A MODEL with a LoRA on it whenever it computes; this one stays as it is."""
+        """Returns a MODEL with a LoRA applied whenever it computes; this one stays as it is."""
         return native_with_changes(self.patcher, parts, lora.norms if parts else ())
 
     @contextmanager
     def ready(
         self, job: Job, reference_kv: ReferenceKV = "auto", *, may_stop: bool = False
     ) -> Generator[Run, None, None]:
-        """A job on this model, planned and loaded; both passes of true CFG run in turn.
+        """Yields a job on this model, planned and loaded; both passes of true CFG run in turn.
 
-        ComfyUI loads the MODEL and all that hangs on it, and is told when the run ends.
+        ComfyUI loads the MODEL and the models attached to it, and cleans up when the run ends.
 
         Raises:
             GlassboxError: inputs that do not go together, or more than memory holds.

@@ -16,21 +16,21 @@ AnyTokens: TypeAlias = Tokens | Any  # the other is ComfyUI's LATENT
 
 
 def is_latent(value: object) -> bool:
-    """Tell a LATENT from anything else a wire may hold."""
+    """Whether a value on a wire is a LATENT."""
     return isinstance(value, dict) and hasattr(value.get("samples"), "shape")
 
 
 def as_tokens(tokens: AnyTokens, autoencoder: LatentSpec | None = None) -> Tokens:
-    """Take what is wired to a token socket: tokens, or a LATENT, placed as a target.
+    """Returns the tokens wired to a socket: tokens as they are, a LATENT packed as a target.
 
     Args:
         tokens: what is wired.
-        autoencoder: what decodes it, where that is known; else the channels say whose it is.
+        autoencoder: the latent format of the model, if known; else the channels tell it.
 
     Raises:
-        FamilyMismatchError: a latent that is not FLUX's.
+        FamilyMismatchError: the latent is not FLUX's.
         ShapeError: its sides do not divide into tokens.
-        SettingError: it carries what tokens cannot, such as a noise mask, or is no latent at all.
+        SettingError: it carries what tokens cannot, such as a noise mask, or is not a latent.
     """
     if isinstance(tokens, Tokens):
         return tokens
@@ -47,10 +47,10 @@ def as_tokens(tokens: AnyTokens, autoencoder: LatentSpec | None = None) -> Token
 
 
 def latent_spec(samples: Tensor, autoencoder: LatentSpec | None = None) -> LatentSpec:
-    """Tell whose latent (B, C, h, w) this is, by its channels.
+    """Returns the format of a latent (B, C, h, w), by its channels.
 
     Raises:
-        FamilyMismatchError: a latent that is not FLUX's.
+        FamilyMismatchError: the latent is not FLUX's.
     """
     channels = samples.shape[1] if len(samples.shape) == 4 else 0
     known = [FLUX1_LATENT, FLUX2_LATENT]

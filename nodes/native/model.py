@@ -1,4 +1,4 @@
-"""ComfyUI's own MODEL around a FLUX network: what it must be, and what we put onto a clone of it.
+"""ComfyUI's own MODEL around a FLUX network: checks on it, and our patch on a clone of it.
 
 `Any` stands for ComfyUI's own classes, which carry no usable types.
 """
@@ -11,50 +11,50 @@ from typing import Any
 from ...flux_core.errors import FamilyMismatchError, SettingError
 from ...flux_core.sampling.check import check_controls
 from ...flux_core.specs import LatentSpec
-from ...flux_core.tokens.native import NativePlaces
+from ...flux_core.tokens.native import NativePositions
 from ...flux_core.values import Conditioning
 from .. import host
 from ..runtime.not_native import NotNative
 from ..settings import settings_named
 
 _NETWORK = ("comfy.ldm.flux.model", "Flux")
-_BASES = ("Flux", "Flux2")  # in comfy.model_base; others share the network with other rules
+_BASES = ("Flux", "Flux2")  # in comfy.model_base; others use the same network differently
 _FORWARDS = ("forward", "_forward", "forward_orig", "process_img")
 WATCH = "flux glassbox"  # the key of our wrapper
 _GENERATIONS = {3: "FLUX.1", 4: "FLUX.2"}  # by the count of id axes
 
 
 @dataclass(slots=True, eq=False)
-class PlaceReferences:
-    """A post_input patch: ComfyUI calls it in each pass, once the sequence is put together."""
+class PositionReferences:
+    """A post_input patch: ComfyUI calls it in each pass, once the sequence is assembled."""
 
-    places: NativePlaces
-    is_called: bool = False  # in the pass that runs
+    positions: NativePositions
+    is_called: bool = False  # in the current pass
 
     def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Puts our ids, and the text's own length, into the sequence."""
+        """Replaces the references' position ids and trims the text to its own length."""
         self.is_called = True
-        with settings_named():  # it is a node of ComfyUI's that runs
-            return self._placed(inputs)
+        with settings_named():  # the node that runs is ComfyUI's
+            return self._patched(inputs)
 
-    def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _patched(self, inputs: dict[str, Any]) -> dict[str, Any]:
         options = inputs["transformer_options"]
         if options.get("rope_options"):
             raise SettingError(
-                "'ScaleROPE' moves all places of this model, which are set here.",
+                "'ScaleROPE' moves all position ids of this model, which are set here.",
                 "one of the two.",
                 "take 'ScaleROPE' off this model.",
             )
         counts = options.get("reference_image_num_tokens", [])
-        img_ids = self.places.place(inputs["img_ids"], counts)
-        txt, txt_ids = self.places.trim(inputs["txt"], inputs["txt_ids"])
+        img_ids = self.positions.place(inputs["img_ids"], counts)
+        txt, txt_ids = self.positions.trim(inputs["txt"], inputs["txt_ids"])
         return {**inputs, "img_ids": img_ids, "txt": txt, "txt_ids": txt_ids}
 
     def watch(self, apply_model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a pass; step caches may leave any pass out but the first one of a run.
+        """Runs a pass; step caches may skip any pass but the first of a run.
 
         Raises:
-            SettingError: code in the network's place ran, and never asked for our places.
+            SettingError: other code ran in place of the network, and never called this patch.
         """
         options = next(one for one in (*args, *kwargs.values()) if _is_options(one))
         applied = options.get("patches", {}).get("post_input", [])
@@ -62,10 +62,10 @@ class PlaceReferences:
         result = apply_model(*args, **kwargs)
         if any(one is self for one in applied) and _is_first(options) and not self.is_called:
             raise SettingError(
-                "The code of another node runs in the network's place, and asks for no places.",
+                "The code of another node runs in the network's place, and ignores position ids.",
                 "ComfyUI's own, with its patches.",
                 "take the node off that speeds the model up, such as TeaCache; 'EasyCache' may "
-                "stay behind 'Apply To Model (FLUX)'.",
+                "stay after 'Apply To Model (FLUX)'.",
             )
         return result
 
@@ -79,12 +79,12 @@ def _is_first(options: dict[str, Any]) -> bool:
     return levels is not None and bool(options["sigmas"].reshape(-1)[0] >= levels[0])
 
 
-def apply_places(model: Any, conditioning: Conditioning) -> Any:
-    """Give a clone of a MODEL our places for the references; what was applied before is replaced.
+def apply_positions(model: Any, conditioning: Conditioning) -> Any:
+    """Returns a clone of a MODEL with our position ids for the references, replacing earlier ones.
 
     Raises:
-        FamilyMismatchError: no FLUX model, or one of the other generation.
-        SettingError: a model that takes more than a picture, or one with replaced code.
+        FamilyMismatchError: not a FLUX model, or one of the other generation.
+        SettingError: a model that takes more than an image, or one with replaced code.
     """
     network = native_network(model)
     check_controls(conditioning, frozenset(), "a MODEL")
@@ -93,13 +93,13 @@ def apply_places(model: Any, conditioning: Conditioning) -> Any:
     clone = model.clone()
     patches = clone.model_options["transformer_options"].get("patches", {})
     if "post_input" in patches:
-        others = [one for one in patches["post_input"] if not isinstance(one, PlaceReferences)]
+        others = [one for one in patches["post_input"] if not isinstance(one, PositionReferences)]
         patches["post_input"] = others
-    places = NativePlaces(
+    positions = NativePositions(
         references=tuple(one.tokens.ids for one in conditioning.references),
         text_tokens=conditioning.text.txt.shape[1],
     )
-    patch = PlaceReferences(places)
+    patch = PositionReferences(positions)
     clone.set_model_post_input_patch(patch)
     clone.remove_wrappers_with_key("apply_model", WATCH)
     clone.add_wrapper_with_key("apply_model", WATCH, patch.watch)
@@ -107,10 +107,10 @@ def apply_places(model: Any, conditioning: Conditioning) -> Any:
 
 
 def native_network(model: Any) -> Any:
-    """Find ComfyUI's FLUX network in a MODEL, with its own code.
+    """Returns ComfyUI's FLUX network in a MODEL, which must run ComfyUI's own code.
 
     Raises:
-        FamilyMismatchError: another model, or one hidden in another class.
+        FamilyMismatchError: another model, or one wrapped in another class.
         SettingError: a model of this pack, an inpaint or control model, or replaced code.
     """
     if isinstance(model, NotNative):
@@ -159,9 +159,9 @@ def _no_model(found: object) -> SettingError:
 
 
 def _uncompiled(model: Any, loaded: Any) -> Any:
-    """Find the network itself: what torch.compile made of it may stand in its place while loaded.
+    """Returns the network itself: while loaded it may be replaced by its compiled version.
 
-    `loaded` is what stands there now, put on by whichever clone of the MODEL ran last.
+    `loaded` is what is there now, set by whichever clone of the MODEL ran last.
     """
     backup = getattr(model, "object_patches_backup", {})
     own = getattr(model, "object_patches", {})
@@ -170,9 +170,9 @@ def _uncompiled(model: Any, loaded: Any) -> Any:
 
 
 def _replaced(model: Any, network: Any) -> list[str]:
-    """Name the network's methods that are no longer ComfyUI's, with where they come from.
+    """Lists the network's methods that are no longer ComfyUI's, and where they come from.
 
-    What another clone has put on while it is loaded ComfyUI takes off before this one runs.
+    Patches of another clone that is loaded do not count: ComfyUI removes them before this one runs.
     """
     backup = getattr(model, "object_patches_backup", {})
     found = [key for key in model.object_patches if key.split(".")[-1] in _FORWARDS]
@@ -186,7 +186,7 @@ def _replaced(model: Any, network: Any) -> list[str]:
 
 
 def _check_generation(network: Any, latent: LatentSpec) -> None:
-    """Refuse references of the other generation."""
+    """Raises for references of the other generation."""
     axes = len(network.params.axes_dim)
     if axes != len(latent.id_axes):
         raise FamilyMismatchError(

@@ -1,7 +1,7 @@
-"""ComfyUI's own FLUX network in our samplers: it answers what they ask of a transformer.
+"""ComfyUI's own FLUX network in our samplers, as a transformer they can run.
 
 Every step goes through `apply_model`, so that weights, patches and wrappers of the MODEL do what
-they do under KSampler; our places are put in by the same hook as `Apply To Model` uses.
+they do under KSampler; our position ids are set by the same patch that `Apply To Model` uses.
 `Any` stands for ComfyUI's own classes, which carry no usable types.
 """
 
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ...flux_core.errors import SettingError
 from ...flux_core.specs import TransformerSpec
-from ...flux_core.tokens.native import NativePlaces
+from ...flux_core.tokens.native import NativePositions
 from ...flux_core.tokens.pack import pack_latent, unpack_tokens
 from ...flux_core.types import TokenValues
 from ...flux_core.values import Conditioning, Tokens
 from ...flux_core.weights.detect import detect_family
 from .lora import larger_weights
-from .model import WATCH, PlaceReferences, native_network
+from .model import WATCH, PositionReferences, native_network
 from .skipped import check_skipped, merged_wrappers
 
 
@@ -33,7 +33,7 @@ class NativeNetwork:
         patcher: ComfyUI's ModelPatcher around its FLUX.
 
     Raises:
-        FamilyMismatchError, SettingError: it is not FLUX, or changed in a way that would be lost.
+        FamilyMismatchError, SettingError: it is not FLUX, or has changes that would be ignored.
     """
 
     def __init__(self, patcher: Any) -> None:
@@ -46,7 +46,7 @@ class NativeNetwork:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The dtype it computes in."""
         return self.patcher.get_model_object("manual_cast_dtype") or self._network.dtype
 
     supports: frozenset[str] = frozenset()  # of `Reference.controls`
@@ -61,7 +61,7 @@ class NativeNetwork:
         """Makes one plan for each conditioning; ComfyUI computes everything in each step.
 
         Raises:
-            SettingError: something on the MODEL that only ComfyUI's samplers call, or give.
+            SettingError: something on the MODEL that only ComfyUI's samplers call or provide.
         """
         del asked
         check_skipped(self.patcher)
@@ -80,8 +80,8 @@ class NativeNetwork:
                 target=target,
                 sigmas=levels,
                 inputs=_inputs(conditioning, self.patcher.load_device),
-                places=PlaceReferences(
-                    NativePlaces(
+                positions=PositionReferences(
+                    NativePositions(
                         references=tuple(one.tokens.ids for one in conditioning.references),
                         text_tokens=conditioning.text.txt.shape[1],
                         target=target.ids,
@@ -101,13 +101,13 @@ class NativePlan:
     target: Tokens
     sigmas: Tensor
     inputs: dict[str, Any]
-    places: PlaceReferences
-    side: int  # 0 positive, 1 negative, as patches are told
-    uuid: UUID = field(default_factory=uuid4)  # by which they tell prompts apart
+    positions: PositionReferences
+    side: int  # 0 positive, 1 negative, as in `cond_or_uncond`
+    uuid: UUID = field(default_factory=uuid4)  # by which patches tell prompts apart
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         return self.patcher.load_device
 
     def velocity(self, x: TokenValues, sigma: float) -> TokenValues:
@@ -117,16 +117,17 @@ class NativePlan:
     def _velocity(self, x: TokenValues, sigma: Tensor) -> TokenValues:
         latent = unpack_tokens(x.to(sigma.device).float(), self.target.grid, self.target.latent)
         batch = latent.shape[0]
-        given = {name: _batched(one, batch) for name, one in self.inputs.items()}
-        given["transformer_options"] = self._options(sigma)
+        inputs = {name: _batched(one, batch) for name, one in self.inputs.items()}
+        inputs["transformer_options"] = self._options(sigma)
         levels = sigma.expand(batch)
         model = self.patcher.model
         wrapper = self.patcher.model_options.get("model_function_wrapper")
         if wrapper is None:
-            denoised = model.apply_model(latent, levels, **given)
+            denoised = model.apply_model(latent, levels, **inputs)
         else:
-            asked = {"input": latent, "timestep": levels, "c": given, "cond_or_uncond": [self.side]}
-            denoised = wrapper(model.apply_model, asked)
+            sides = [self.side]
+            call = {"input": latent, "timestep": levels, "c": inputs, "cond_or_uncond": sides}
+            denoised = wrapper(model.apply_model, call)
         if getattr(denoised, "shape", None) != latent.shape:
             raise SettingError(
                 f"A wrapper on the MODEL gave back a {_described(denoised)}.",
@@ -136,15 +137,15 @@ class NativePlan:
         return pack_latent((latent - denoised.float()) / sigma, self.target.latent)
 
     def _options(self, sigma: Tensor) -> dict[str, Any]:
-        """Give patches what ComfyUI's samplers give them, with our places behind them."""
+        """Returns the transformer_options of ComfyUI's samplers, with our patch added last."""
         options = dict(self.patcher.model_options["transformer_options"])
         patches = dict(options.get("patches", {}))
         others = [
-            one for one in patches.get("post_input", []) if not isinstance(one, PlaceReferences)
+            one for one in patches.get("post_input", []) if not isinstance(one, PositionReferences)
         ]
-        patches["post_input"] = [*others, self.places]
+        patches["post_input"] = [*others, self.positions]
         wrappers = merged_wrappers(self.patcher)
-        wrappers.setdefault("apply_model", {})[WATCH] = [self.places.watch]
+        wrappers.setdefault("apply_model", {})[WATCH] = [self.positions.watch]
         return {
             **options,
             "patches": patches,
@@ -157,7 +158,7 @@ class NativePlan:
 
 
 def _check_inputs(patcher: Any) -> None:
-    """Refuse a LoRA that makes the network take more than a noisy picture."""
+    """Raises for a LoRA that makes the network take more than a noisy image."""
     larger = larger_weights(patcher)
     if larger:
         name, size = next(iter(larger.items()))
@@ -170,7 +171,7 @@ def _check_inputs(patcher: Any) -> None:
 
 
 def _inputs(conditioning: Conditioning, device: torch.device) -> dict[str, Any]:
-    """Name a conditioning's parts as ComfyUI's network does."""
+    """Returns a conditioning's parts as keyword arguments of ComfyUI's network."""
     inputs: dict[str, Any] = {"c_crossattn": conditioning.text.txt.to(device)}
     if conditioning.text.pooled is not None:
         inputs["y"] = conditioning.text.pooled.to(device)
@@ -181,12 +182,12 @@ def _inputs(conditioning: Conditioning, device: torch.device) -> dict[str, Any]:
             unpack_tokens(one.latent.to_network(one.values).to(device), one.grid, one.latent)
             for one in (reference.tokens for reference in conditioning.references)
         ]
-        inputs["ref_latents_method"] = "index"  # any: the places are ours
+        inputs["ref_latents_method"] = "index"  # either: the ids are replaced by ours
     return inputs
 
 
 def _batched(value: Any, batch: int) -> Any:
-    """Repeat what has a batch of 1 for every picture."""
+    """Expands tensors of batch 1 to the batch."""
     if isinstance(value, list):
         return [_batched(one, batch) for one in value]
     return value.expand(batch, *value.shape[1:]) if isinstance(value, Tensor) else value
@@ -198,7 +199,7 @@ def _described(value: Any) -> str:
 
 
 def _file(patcher: Any) -> Path:
-    """Name the file a MODEL came from, where its loader tells."""
+    """The file a MODEL came from, if its loader tells."""
     match getattr(patcher, "cached_patcher_init", None):
         case (_, (str() as path, *_), *_):
             return Path(path)
@@ -207,7 +208,7 @@ def _file(patcher: Any) -> Path:
 
 
 def _spec(params: Any, network: Any) -> TransformerSpec:
-    """Read the shape off ComfyUI's network."""
+    """Reads the shape of ComfyUI's network."""
     return TransformerSpec(
         hidden=params.hidden_size,
         double_blocks=params.depth,

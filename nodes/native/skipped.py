@@ -1,6 +1,6 @@
-"""What nodes put onto a MODEL that only ComfyUI's own samplers follow: it is refused by name.
+"""What nodes add to a MODEL that only ComfyUI's own samplers follow: it is refused by name.
 
-Left out silently, each of these would make another picture than the person asked for.
+Ignored silently, each of these would give another image than the person asked for.
 `Any` stands for ComfyUI's own classes, which carry no usable types.
 """
 
@@ -28,7 +28,7 @@ _OPTIONS = (
     "multigpu_clones",
     "disable_cfg1_optimization",  # asks for both prompts in one batch, at any cfg
 )
-# Replaced parts of ComfyUI's model that we call; of others our samplers do the work themselves.
+# Parts of ComfyUI's model that we call, so they may be replaced; our samplers bypass the others.
 _CALLED = ("_apply_model", "apply_model", "diffusion_model", "manual_cast_dtype", "model_sampling")
 _SETTINGS = ("diffusion_model.params.", "diffusion_model.default_ref_method")
 _NODES = {
@@ -38,7 +38,7 @@ _NODES = {
 
 
 def merged_wrappers(patcher: Any) -> dict[str, dict[Any, list[Any]]]:
-    """Gather wrappers from where nodes put them: the patcher, and its options."""
+    """Merges the wrappers on the patcher with those in its options."""
     merged: dict[str, dict[Any, list[Any]]] = {}
     options = patcher.model_options["transformer_options"]
     for source in (options.get("wrappers", {}), patcher.wrappers):
@@ -49,7 +49,7 @@ def merged_wrappers(patcher: Any) -> dict[str, dict[Any, list[Any]]]:
 
 
 def check_skipped(patcher: Any) -> None:
-    """Refuse by name what ComfyUI's samplers would follow and ours do not.
+    """Raises for what ComfyUI's samplers follow and ours do not.
 
     Raises:
         SettingError: there is such a thing on the MODEL.
@@ -61,14 +61,14 @@ def check_skipped(patcher: Any) -> None:
         raise SettingError(
             f"The MODEL carries what only ComfyUI's samplers call: {', '.join(skipped)}.",
             "LoRAs, attention patches, and wrappers of the model itself.",
-            "take that node off, or sample with KSampler behind 'To Conditioning (FLUX)' and "
+            "take that node off, or sample with KSampler after 'To Conditioning (FLUX)' and "
             "'Apply To Model (FLUX)'.",
         )
     _check_levels(patcher.get_model_object("model_sampling"))
 
 
 def shift_notes(model: Any) -> list[str]:
-    """Say that a schedule of ours does not follow a shift that a node put on a MODEL."""
+    """Returns a note where a node set a shift on a MODEL, which our schedules do not follow."""
     if "model_sampling" not in getattr(model, "object_patches", {}):
         return []
     return [
@@ -98,7 +98,7 @@ def _skipped_options(patcher: Any) -> list[str]:
 
 
 def _skipped_patches(patcher: Any) -> list[str]:
-    """Name replaced parts that are never asked here; parts of the network always are."""
+    """Lists replaced parts that we never call; parts of the network are always called."""
     return [
         _named(key, "")
         for key in patcher.object_patches
@@ -113,19 +113,19 @@ def _named(name: str, origin: str) -> str:
 
 
 def _origin(part: object) -> str:
-    """Name the file of nodes that a function or an object comes from, without its folder."""
+    """The module that a function or an object comes from, without its folder."""
     module = getattr(part, "__module__", None)
     return PurePath(module).name if isinstance(module, str) else ""
 
 
 def _check_levels(sampling: Any) -> None:
-    """Refuse noise levels of another kind of model; their shift is the schedule's business.
+    """Raises for noise levels of another kind of model; their shift is the schedule's business.
 
-    What FLUX was trained with: the picture is x - sigma * output, and the network reads x and
-    sigma as they are.
+    FLUX was trained so that the image is x - sigma * output, and the network reads x and sigma as
+    they are.
 
     Raises:
-        SettingError: a node put others on.
+        SettingError: a node set others.
     """
     sigma, x, output = (torch.tensor([one]) for one in (0.25, 0.5, 2.0))
     levels = (

@@ -1,1 +1,1 @@
-"""What lives between nodes: models in memory, and what is kept beside them."""
+"""What lives between nodes: models in memory, and the caches beside them."""

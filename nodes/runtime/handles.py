@@ -1,7 +1,6 @@
-"""What travels on the model sockets: a network, and the patchers ComfyUI moves its weights with.
+"""What travels on the model sockets: a network, and the patchers through which ComfyUI loads it.
 
-A handle lives as long as somebody holds it, and holds no reference to itself, so a model is freed
-the moment its last user lets go.
+A handle is in no reference cycle, so a model is freed the moment its last user drops the handle.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -23,7 +22,7 @@ from ...flux_core.types import Image, Latent
 from ...flux_core.values import Conditioning, TextFeatures
 from .. import host
 from .not_native import NotNative
-from .quantised import changed_at_use, made_bytes
+from .quantised import changed_at_use, dequantised_bytes
 from .reference_cache import ReferenceKV, ReferenceStore, RunCache, caching, choose
 from .residency import Residency
 
@@ -38,7 +37,7 @@ _OVERFLOW = "float16 overflows: set [autoencoder dtype] to bfloat16 or float32."
 
 
 class ModelHandle(NotNative):
-    """A transformer: blocks and modulation are two models to ComfyUI."""
+    """A transformer, whose blocks and modulation are two separate models to ComfyUI."""
 
     def __init__(self, network: "Flux", report: str, dtype: torch.dtype) -> None:
         devices = host.model_devices()
@@ -50,32 +49,32 @@ class ModelHandle(NotNative):
         self.dtype = network.compute_dtype = dtype
         network.ready = self._residency
         network.attention = host.transformer_attention(devices[0])
-        self._made = made_bytes(self.patcher, self._modulation)
+        self._dequantised = dequantised_bytes(self.patcher, self._modulation)
         self._base: ModelHandle | None = None
 
     def with_changes(self, parts: Sequence["LoraPart"]) -> "ModelHandle":
-        """A handle on the same weights, with changes on them whenever it computes.
+        """Returns a handle on the same weights that computes with changes applied.
 
-        ComfyUI puts changes on and takes them off as one handle or the other is used, so this one
-        stays as it is. Both share one store of cached references, which tells them apart.
+        ComfyUI applies and removes the changes as one handle or the other is used, so this one
+        stays as it is. Both share one store of cached references, whose digests tell them apart.
         """
         twin = copy(self)
         twin._base = self  # while it lives, its file is not loaded again
         twin.network = copy(self.network)  # the same two parts, loaded by the twin
         twin.patcher = changed_at_use(self.patcher, parts)
         twin._modulation = changed_at_use(self._modulation, parts)
-        twin._made = made_bytes(twin.patcher, twin._modulation)
+        twin._dequantised = dequantised_bytes(twin.patcher, twin._modulation)
         twin._residency = Residency(twin._modulation, twin.patcher, self._cached)
         twin.network.ready = twin._residency
         return twin
 
     def get_models(self) -> list[Any]:
-        """Every patcher, so that ComfyUI keeps them for the prompt."""
+        """All patchers, so that ComfyUI holds on to them for the whole prompt."""
         return [self.patcher, self._modulation]
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         return self.patcher.load_device
 
     @property
@@ -87,7 +86,7 @@ class ModelHandle(NotNative):
     def ready(
         self, job: Job, reference_kv: ReferenceKV = "auto", *, may_stop: bool = False
     ) -> Generator[Run, None, None]:
-        """A job on this model, planned and loaded.
+        """Yields a job on this model, planned and with its weights loaded.
 
         Raises:
             GlassboxError: inputs that do not go together, or more than memory holds.
@@ -98,10 +97,10 @@ class ModelHandle(NotNative):
         yield replace(planned, notes=(*planned.notes, *cache.notes))
 
     def _make_room(self, job: Job, reference_kv: ReferenceKV) -> RunCache:
-        """Asks for the memory of a run before it starts; returns how it treats references.
+        """Checks that a run fits into memory; returns its cache of references.
 
         Raises:
-            MemoryLimitError: it cannot fit, whatever is unloaded.
+            MemoryLimitError: it does not fit, whatever is unloaded.
         """
         steps, cfg, batch = len(job.sigmas) - 1, job.cfg, job.noise.values.shape[0]
         sides = [job.conditioning]
@@ -116,10 +115,10 @@ class ModelHandle(NotNative):
         aside = references if self.family.references.isolated else 0
         tokens = texts + job.noise.count + references - aside
         needed += memory.transformer_bytes(spec, tokens, batch, size)
-        needed += memory.attended_bytes(spec, aside, batch, size) + self._made
-        seen = [one.tokens for side in sides for one in side.references]
-        images = max((one.values.shape[0] for one in seen), default=1)
-        alone = memory.transformer_bytes(spec, aside, images, size) + self._made
+        needed += memory.attended_bytes(spec, aside, batch, size) + self._dequantised
+        wired = [one.tokens for side in sides for one in side.references]
+        images = max((one.values.shape[0] for one in wired), default=1)
+        alone = memory.transformer_bytes(spec, aside, images, size) + self._dequantised
         count = max(len(side.references) for side in sides)
         memory.require_memory(
             needed + alone if reference_kv == "every step" else max(needed, alone),
@@ -138,9 +137,9 @@ class ModelHandle(NotNative):
         )
 
     def _identity(self) -> tuple[object, ...]:
-        """What keys and values of references depend on beside them.
+        """Everything but the references that their keys and values depend on.
 
-        ComfyUI gives a patcher a new uuid whenever patches, such as a LoRA's, are put on it.
+        ComfyUI gives a patcher a new uuid whenever patches, such as a LoRA's, are added to it.
         """
         patches = [patcher.patches_uuid for patcher in self.get_models()]
         return (*patches, self.dtype, self.device, self.network.attention.name)
@@ -151,18 +150,18 @@ def _reference_tokens(conditioning: Conditioning) -> int:
 
 
 class TextEncodersHandle:
-    """The text encoders: one model to ComfyUI."""
+    """The text encoders, which are one model to ComfyUI."""
 
     def __init__(self, encoders: "PromptEncoder") -> None:
         devices = host.text_devices()
         self.encoders, self.report = encoders, encoders.report
-        # In a list, because a patcher sets attributes that transformers' own models refuse.
+        # In a list, because a patcher sets attributes that transformers' own models reject.
         self.patcher = patcher = host.wrap(nn.ModuleList(encoders.modules), devices)
         encoders.device = devices[0]
         encoders.ready = lambda: host.load_whole(patcher)
 
     def get_models(self) -> list[Any]:
-        """The patcher, so that ComfyUI keeps it for the prompt."""
+        """The patcher, so that ComfyUI holds on to it for the whole prompt."""
         return [self.patcher]
 
     def encode(self, prompt: str, prompt_2: str, t5_tokens: int | None) -> TextFeatures:
@@ -171,7 +170,7 @@ class TextEncodersHandle:
 
 
 def text_to_outputs(text: TextFeatures) -> TextFeatures:
-    """Moves text features to where ComfyUI keeps what travels between nodes."""
+    """Moves text features to the device on which ComfyUI keeps node outputs."""
     pooled = None if text.pooled is None else host.to_outputs(text.pooled)
     return replace(text, txt=host.to_outputs(text.txt), pooled=pooled)
 
@@ -185,19 +184,19 @@ class AutoencoderHandle:
         autoencoder.use_attention(host.autoencoder_attention(self.patcher.load_device))
 
     def get_models(self) -> list[Any]:
-        """The patcher, so that ComfyUI keeps it for the prompt."""
+        """The patcher, so that ComfyUI holds on to it for the whole prompt."""
         return [self.patcher]
 
     @property
     def latent(self) -> LatentSpec:
-        """What its latents are."""
+        """The format of its latents."""
         return self.autoencoder.spec.latent
 
     def encode(self, image: Image, generator: torch.Generator | None) -> Latent:
         """Encodes images (B, H, W, 3) to latents.
 
         Raises:
-            ShapeError: channels or sides do not fit.
+            ShapeError: wrong channel count, or sides that do not divide into tokens.
             MemoryLimitError: one image takes more memory than there is.
             NonFiniteError: the autoencoder overflowed.
         """
@@ -217,7 +216,7 @@ class AutoencoderHandle:
         """Decodes latents to images (B, H, W, 3).
 
         Raises:
-            FamilyMismatchError: a latent of another autoencoder.
+            FamilyMismatchError: the latent is another autoencoder's.
             MemoryLimitError: one image takes more memory than there is.
             NonFiniteError: the autoencoder overflowed.
         """
@@ -246,5 +245,5 @@ class AutoencoderHandle:
             f"{job} an image of {width}x{height}",
             "make it smaller with [image fit].",
         )
-        # Twice, as ComfyUI does for its own autoencoders: GPU kernels want room to work in.
+        # Twice, as ComfyUI does for its own autoencoders: GPU kernels need workspace.
         host.load([self.patcher], 2 * needed)

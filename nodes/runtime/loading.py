@@ -1,7 +1,7 @@
-"""From files to handles: loaders of one file with the same settings share one copy.
+"""Loads files into handles; loaders of one file with the same settings share one copy.
 
-The registry is weak: it keeps no model alive. Modules that take long to import are imported when
-a model is first loaded.
+The registry holds weak references, so it keeps no model alive. Modules that take long to import
+are imported when a model is first loaded.
 """
 
 import math
@@ -28,7 +28,7 @@ _registry: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
 
 
 def shared(key: Hashable, load: Callable[[], _Handle]) -> _Handle:
-    """Give the handle somebody already holds under this key, or load it."""
+    """Returns the live handle under this key, or loads one."""
     handle = _registry.get(key)
     if handle is None:
         handle = _registry[key] = load()
@@ -36,9 +36,9 @@ def shared(key: Hashable, load: Callable[[], _Handle]) -> _Handle:
 
 
 def load_model(path: Path, family: str, dtype: str, weights: str = AS_STORED) -> ModelHandle:
-    """Load a transformer; `family` "auto" is decided by its weights and its file name.
+    """Loads a transformer; `family` "auto" is detected from its weights and its file name.
 
-    Quantised weights stay in memory as they are stored, or become plain.
+    Quantised weights stay quantised in memory, or are dequantised once with `weights` "plain".
     """
     from ...flux_core.weights.load import load_flux
 
@@ -58,7 +58,7 @@ def load_model(path: Path, family: str, dtype: str, weights: str = AS_STORED) ->
 
 
 def load_autoencoder(path: Path, dtype: str) -> AutoencoderHandle:
-    """Load an autoencoder."""
+    """Loads an autoencoder."""
     from ...flux_core.weights import load as weights
 
     def load() -> AutoencoderHandle:
@@ -84,16 +84,16 @@ class Tokenizers:
 
 
 def native_tokenizers() -> Tokenizers:
-    """Give the tokenizers that ComfyUI itself carries."""
+    """Returns the tokenizers that ComfyUI ships."""
     return Tokenizers(*host.native_tokenizers(), host.native_qwen_tokenizer())
 
 
 def load_text_encoders(
     files: Sequence[Path], dtype: str, tokenizers: Tokenizers, text: TextSpec | None = None
 ) -> TextEncodersHandle:
-    """Load the text encoders of one model from one or two files, in any order.
+    """Loads the text encoders of one model from one or two files, in any order.
 
-    `text` says how long its text is, where the files do not: those of the embedded models.
+    `text` sets the text length where the files do not tell it: those of the embedded models.
     """
     from ...flux_core.weights import load_text as weights
     from ...flux_core.weights.load_text import open_text
@@ -115,7 +115,7 @@ def load_text_encoders(
 
 
 def load_nano(name: str) -> tuple[ModelHandle, TextEncodersHandle, AutoencoderHandle]:
-    """Load an embedded model by its family: its transformer, text encoders and autoencoder."""
+    """Loads an embedded model's transformer, text encoders and autoencoder, by family name."""
     from ...flux_core.nano import paths
 
     family, files = FAMILIES[name], paths.FILES[name]
@@ -130,11 +130,11 @@ def load_nano(name: str) -> tuple[ModelHandle, TextEncodersHandle, AutoencoderHa
 def apply_lora(
     model: AnyModel, path: Path, strength: float, block_strengths: str
 ) -> tuple[AnyModel, str]:
-    """Put a LoRA on what a model socket carries; gives the changed model, and what was found.
+    """Applies a LoRA to the model on a model socket; returns the changed model and a report.
 
     Raises:
-        GlassboxError: the LoRA is of another model, broken or half, a setting cannot be read, or
-            a native MODEL is not FLUX.
+        GlassboxError: the LoRA is for another model, broken or incomplete, a setting cannot be
+            parsed, or a native MODEL is not FLUX.
     """
     from ...flux_core.weights.lora import load_lora
     from ...flux_core.weights.lora_strengths import parse_strengths
@@ -157,9 +157,9 @@ def apply_lora(
 
 
 def fingerprint(folder: str, *names: str) -> str:
-    """Tell whether files changed, for ComfyUI's cache; a missing one says so when it is loaded.
+    """Returns a digest that tells ComfyUI's cache of changed files; missing ones fail when loaded.
 
-    A digest, because ComfyUI writes it into the pictures it saves, where no path belongs.
+    A digest, because ComfyUI writes it into the images it saves, where no path belongs.
     """
     listed = [name for name in names if name in host.model_names(folder)]
     try:
@@ -172,7 +172,7 @@ def fingerprint(folder: str, *names: str) -> str:
 def parameters_of(
     files: Sequence[Path], open_file: "Callable[[Path], Checkpoint] | None" = None
 ) -> int:
-    """Count the numbers in model files from their headers; those of transformers by default."""
+    """Counts the parameters in model files from their headers; in transformer files by default."""
     from ...flux_core.weights.quantised import open_dequantised
 
     opened = map(open_file or open_dequantised, files)
@@ -180,7 +180,7 @@ def parameters_of(
 
 
 def identity(files: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
-    """Tell files apart from what they were before: real path, size and time of change.
+    """Returns the real path, size and modification time of each file, which change with it.
 
     Raises:
         CheckpointError: one is missing, or is no model file.

@@ -1,7 +1,7 @@
-"""A model of this pack in the hands of ComfyUI's own nodes: it says so in words.
+"""A clear error when ComfyUI's own nodes get a model of this pack's loaders.
 
 Sockets keep the two apart, but wires of any type, such as a switch's, and the output `native` of
-Apply LoRA do not. A native node then fails at the first thing it asks a MODEL for.
+Apply LoRA do not. A native node then fails at the first attribute of a MODEL it reads.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 class NotNativeError(SettingError, AttributeError):
     """A model of this pack's loader where ComfyUI's own MODEL is needed.
 
-    An AttributeError, so that code that only looks whether something is there gets its answer.
+    Also an AttributeError, so that `hasattr` and `getattr` with a default still work.
     """
 
 
 class NotNative:
-    """What is no MODEL of ComfyUI's, and says so to whoever asks for what one has."""
+    """Base of handles that are not ComfyUI's MODEL: reading a MODEL's attributes raises."""
 
     family: "FluxFamily"
 
     def not_native(self) -> NotNativeError:
-        """Say what it is, and what to wire instead."""
+        """Returns the error, which names this model and what to wire instead."""
         return NotNativeError(
             f"{self.family.title} was loaded by this pack's loader, whose models ComfyUI's own "
             "nodes cannot use.",
@@ -33,10 +33,10 @@ class NotNative:
             "load it with 'Load Diffusion Model', or wire it to 'Sample Guided (FLUX)'.",
         )
 
-    if not TYPE_CHECKING:  # a type checker would take every attribute for one that is there
+    if not TYPE_CHECKING:  # a type checker would believe that every attribute exists
 
         def __getattr__(self, name: str) -> Any:
-            """Called for what is not there; names that begin with _ are Python's own questions."""
+            """Called for missing attributes; Python itself looks up those that begin with _."""
             if name.startswith("_") or "family" not in vars(self):
                 raise AttributeError(name)
             raise self.not_native()

@@ -1,6 +1,6 @@
-"""Models with quantised weights that stay in memory as they are stored.
+"""Models whose weights stay quantised in memory.
 
-Numbers are made of a weight whenever its layer is used, and changes are added to those numbers.
+A weight is dequantised whenever its layer is used, and changes are added to the result.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from .. import host
 if TYPE_CHECKING:
     from ...flux_core.weights.lora import LoraPart
 
-# Bytes for each number while it is made: its place in nvfp4's table, and a change of it with the
-# number itself in float32.
-_PLACES, _CHANGES = 5, 8
+# Bytes per parameter while a weight is dequantised: the index into nvfp4's table; a change and the
+# weight it is added to, both float32.
+_INDEX_BYTES, _CHANGE_BYTES = 5, 8
 
 
 def changed_at_use(patcher: Any, parts: Sequence["LoraPart"]) -> Any:
-    """Clone a patcher with changes, as `host.changed` does, exactly where weights are quantised.
+    """Returns a clone of a patcher with changes, as `host.changed` does, but exact when quantised.
 
     ComfyUI would quantise a changed weight again. So the changes of such weights are added
-    whenever they are used, and taken off when another clone is loaded.
+    whenever they are used, and removed when another clone is loaded.
     """
     from ...flux_core.weights.lora import AddedAtUse
 
@@ -40,15 +40,15 @@ def changed_at_use(patcher: Any, parts: Sequence["LoraPart"]) -> Any:
         earlier = [part for one in clone.weight_wrapper_patches.pop(key, []) for part in one.parts]
         clone.add_weight_wrapper(key, AddedAtUse((*earlier, *mine), smoothing))
     if layers:
-        clone.add_patches({})  # gives it a uuid of its own, without which it is not loaded anew
+        clone.add_patches({})  # sets a new uuid, without which ComfyUI would not reload it
     return clone
 
 
-def made_bytes(*patchers: Any) -> int:
-    """Estimate what the largest quantised weight takes while it is numbers."""
+def dequantised_bytes(*patchers: Any) -> int:
+    """Estimates the bytes that the largest quantised weight takes while it is dequantised."""
     return max(
         (
-            _made_bytes(layer.weight, f"{name}.weight" in patcher.weight_wrapper_patches)
+            _dequantised_bytes(layer.weight, f"{name}.weight" in patcher.weight_wrapper_patches)
             for patcher in patchers
             for name, layer in host.quantised_layers(patcher.model).items()
         ),
@@ -56,8 +56,8 @@ def made_bytes(*patchers: Any) -> int:
     )
 
 
-def _made_bytes(weight: Any, is_changed: bool) -> int:
-    """Count numbers before and after scaling, or scaled ones and what is added to them."""
+def _dequantised_bytes(weight: Any, is_changed: bool) -> int:
+    """The larger of two needs: values before and after scaling, or scaled values and a change."""
     size = weight.dtype.itemsize
-    making = 2 * size + (_PLACES if weight.storage_dtype == torch.uint8 else 0)
-    return weight.numel() * max(making, size + _CHANGES if is_changed else 0)
+    scaling = 2 * size + (_INDEX_BYTES if weight.storage_dtype == torch.uint8 else 0)
+    return weight.numel() * max(scaling, size + _CHANGE_BYTES if is_changed else 0)

@@ -2,7 +2,7 @@
 
 Isolated references see themselves alone, at t = 0, so their keys and values depend on the weights
 and the references and on nothing else: a new prompt, seed or size uses them again, bit for bit. A
-store lives in its model's handle and dies with it.
+store belongs to its model's handle and dies with it.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 ReferenceKV = Literal["auto", "kept", "this run", "every step"]
 REFERENCE_KV: tuple[ReferenceKV, ...] = get_args(ReferenceKV)
 
-# Of the memory that is free on a device or can be freed there: what one model's store may hold.
-# What a run needs itself may be more; ComfyUI's management may push off any of it at any time.
+# The share of a device's free or freeable memory that one model's store may fill. A run's own
+# references may exceed it. ComfyUI may offload any of them at any time.
 _SHARE_OF_DEVICE = 0.25
 
 
 def choose(asked: ReferenceKV, family: FluxFamily) -> ReferenceKV:
-    """Decides how a run treats the keys and values of references.
+    """Resolves "auto" to the way a run caches the keys and values of references.
 
     Raises:
-        SettingError: asked to keep them on a model whose references see what changes.
+        SettingError: a cache is asked for on a model whose references attend to what changes.
     """
     if family.references.isolated:
         return "kept" if asked == "auto" else asked
@@ -60,7 +60,7 @@ class CachedReferences(nn.Module):
 
     @property
     def is_empty(self) -> bool:
-        """Whether ComfyUI had them dropped."""
+        """Whether ComfyUI has dropped them."""
         return next(self.buffers(), None) is None
 
 
@@ -68,14 +68,14 @@ class _CachedBlock(nn.Module):
     key: Tensor
     value: Tensor
 
-    def __init__(self, kept: "KeyValue") -> None:
+    def __init__(self, computed: "KeyValue") -> None:
         super().__init__()
-        self.register_buffer("key", kept.key.contiguous())
-        self.register_buffer("value", kept.value.contiguous())  # a view into a wide projection
+        self.register_buffer("key", computed.key.contiguous())
+        self.register_buffer("value", computed.value.contiguous())  # a view into a wide projection
 
 
-class _Seen:
-    """Cached keys and values as a plan reads them: from where they are, or computed anew."""
+class _CachedKeyValues:
+    """Cached keys and values as a plan reads them: moved to the device, recomputed if dropped."""
 
     def __init__(self, patcher: ReplaceablePatcher, computed: "ReferencePass") -> None:
         self.patcher, self.computed = patcher, computed
@@ -93,18 +93,18 @@ class _Seen:
 
 
 class ReferenceStore:
-    """Cached references of one model by digest, the least recently used first."""
+    """The cached references of one model by digest, the least recently used first."""
 
     def __init__(self) -> None:
         self._held: dict[str, ReplaceablePatcher] = {}
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all that is cached, on the device and waiting beside it."""
+        """Bytes of everything cached, on the device and offloaded."""
         return sum(patcher.model_size() for patcher in self._held.values())
 
     def find(self, digest: str) -> ReplaceablePatcher | None:
-        """What is cached under a digest, which is then the last used."""
+        """Returns what is cached under a digest, which becomes the most recently used, or None."""
         patcher = self._held.pop(digest, None)
         if patcher is None or patcher.model.is_empty:
             return None
@@ -112,15 +112,15 @@ class ReferenceStore:
         return patcher
 
     def on_device(self) -> list[ReplaceablePatcher]:
-        """What was used last, if any of it is where it computes: the next run may need it."""
+        """The most recently used entry if any of it is on the device: the next run may need it."""
         return [one for one in [*self._held.values()][-1:] if one.loaded_size()]
 
     def add(self, digest: str, patcher: ReplaceablePatcher) -> None:
-        """Adds one more, as the last used."""
+        """Adds an entry, as the most recently used."""
         self._held[digest] = patcher
 
     def make_room(self, needed: int, limit: float, in_use: Iterable[str]) -> None:
-        """Drops the least recently used until so many bytes more stay within the limit."""
+        """Drops the least recently used entries until `needed` more bytes fit within the limit."""
         for digest in [one for one in self._held if one not in in_use]:
             if self.held_bytes + needed <= limit:
                 return
@@ -128,15 +128,14 @@ class ReferenceStore:
 
 
 class RunCache:
-    """The network's `reference_cache` during one run; `notes` say afterwards what it did.
+    """The network's `reference_cache` during one run; its `notes` tell what it did.
 
     Args:
-        store: where to look and to add; a new one caches for this run only, None computes in
-            every step.
-        identity: what keys and values depend on beside the references: weights, dtype and so on.
+        store: the entries; a new store caches for this run only, None computes in every step.
+        identity: what keys and values depend on besides the references: weights, dtype and so on.
         blocks: the patcher of the network's blocks.
         step_bytes: activations of one step.
-        token_bytes: activations of one token, for the references' own pass.
+        token_bytes: activations of one token in the references' own pass.
         is_stored: whether the store outlives the run.
     """
 
@@ -158,18 +157,18 @@ class RunCache:
     def __call__(
         self, references: tuple[Tokens, ...], computed: "ReferencePass"
     ) -> Iterable["KeyValue"]:
-        """The keys and values of references, cached if they can be."""
+        """Returns the keys and values of references, cached where memory allows."""
         size = _size(computed.cached_bytes)
         if self._store is None:
             return self._in_every_step(computed, "references: computed in every step.")
         digest = digest_of(references, computed, self._identity)
         patcher = self._used.get(digest)
         if patcher is None and (patcher := self._store.find(digest)) is not None:
-            self._tell(f"references: keys and values reused from an earlier run ({size}).")
+            self._note(f"references: keys and values reused from an earlier run ({size}).")
         if patcher is None and (patcher := self._compute(computed, self._store)) is not None:
             self._store.add(digest, patcher)
             kept = "and kept" if self._is_stored else "for this run"
-            self._tell(f"references: keys and values computed {kept} ({size}).")
+            self._note(f"references: keys and values computed {kept} ({size}).")
         if patcher is None:
             return self._in_every_step(
                 computed,
@@ -178,15 +177,15 @@ class RunCache:
             )
         self._used[digest] = patcher
         host.load([self._blocks, *self._used.values()], self._step_bytes)
-        return _Seen(patcher, computed)
+        return _CachedKeyValues(patcher, computed)
 
     def _compute(
         self, computed: "ReferencePass", store: ReferenceStore
     ) -> ReplaceablePatcher | None:
-        """Computes keys and values; None if memory does not hold them beside what a run needs."""
+        """Computes keys and values; None if memory cannot hold them along with the run."""
         device, needed = self._blocks.load_device, computed.cached_bytes
         available = host.available_bytes(device)
-        if device == torch.device("cpu"):  # elsewhere what is kept counts as what can be freed
+        if device == torch.device("cpu"):  # on other devices cached entries count as freeable
             available += store.held_bytes
         store.make_room(needed, available * _SHARE_OF_DEVICE, self._used)
         activations = max(self._step_bytes, self._pass_bytes(computed))
@@ -201,23 +200,23 @@ class RunCache:
             return None
 
     def _in_every_step(self, computed: "ReferencePass", note: str) -> Iterable["KeyValue"]:
-        self._tell(note)
+        self._note(note)
         activations = self._step_bytes + self._pass_bytes(computed)
         host.load([self._blocks, *self._used.values()], activations)
         return computed
 
     def _pass_bytes(self, computed: "ReferencePass") -> int:
-        pictures, tokens = computed.references.shape[:2]
-        return pictures * tokens * self._token_bytes
+        images, tokens = computed.references.shape[:2]
+        return images * tokens * self._token_bytes
 
-    def _tell(self, note: str) -> None:
+    def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
 
 
 @contextmanager
 def caching(network: "Flux", cache: RunCache) -> Generator[None, None, None]:
-    """Lets a run decide how the network's isolated references are cached."""
+    """Sets the network's `reference_cache` for one run, and restores the earlier one."""
     before, network.reference_cache = network.reference_cache, cache
     try:
         yield
@@ -228,10 +227,10 @@ def caching(network: "Flux", cache: RunCache) -> Generator[None, None, None]:
 def digest_of(
     references: Sequence[Tokens], computed: "ReferencePass", identity: tuple[object, ...]
 ) -> str:
-    """Digest of all that keys and values depend on: references, their order and ids, the rest."""
+    """Returns a digest of all that keys and values depend on: references, order, ids, identity."""
     digest = sha256(repr(identity).encode())
     tensors = [one for tokens in references for one in (tokens.values, tokens.ids)]
-    for tensor in (*tensors, computed.modulation.final.shift):  # the last tells guidance apart
+    for tensor in (*tensors, computed.modulation.final.shift):  # the shift differs with guidance
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,6 +1,6 @@
 """Tensors that can be computed again, under ComfyUI's memory management.
 
-ComfyUI sees a model like others: it may push it off the device for another one, and bring it back.
+To ComfyUI they are a model like any other, which it may offload for another one and load again.
 """
 
 import torch
@@ -9,16 +9,16 @@ from typing_extensions import override
 
 from .. import host
 
-_SHARE_TO_SPILL = 0.25  # of the CPU's free memory, that what is pushed off may fill at once
+_SHARE_TO_SPILL = 0.25  # of the CPU's free memory that one offload may fill
 
 
 class ReplaceablePatcher(host.Patcher):
     """Manages a module's buffers one by one, wherever they are.
 
-    What is where is read from the tensors themselves, so no count can be out of step with them.
-    Pushed off their device they wait in pinned memory, or in plain memory where ComfyUI cannot
-    pin; they are dropped if they would fill too much of it, and when ComfyUI unloads them while
-    no prompt runs, which is what POST /free does. A user of the module looks before it reads.
+    Sizes and devices are read from the tensors themselves, so no count can be out of date.
+    Offloaded buffers go to pinned memory, or to plain memory where ComfyUI cannot pin. They are
+    dropped if they would fill too much of it, and when ComfyUI unloads them while no prompt runs,
+    as POST /free does. A user of the module checks that they are there before reading them.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -34,17 +34,17 @@ class ReplaceablePatcher(host.Patcher):
 
     @override
     def current_loaded_device(self) -> torch.device:
-        """Name the device, so that ComfyUI makes room for what is elsewhere, and no more."""
+        """The load device, so that ComfyUI makes room only for what is not on it yet."""
         return self.load_device
 
     @override
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
-        """Bring what fits into so many more bytes; the rest stays where it waits.
+        """Loads the buffers that fit into `extra_memory` bytes; the rest stays offloaded.
 
         Returns:
-            How many bytes more are on the device.
+            How many more bytes are on the device.
         """
         if extra_memory < 0:
             return -self.partially_unload(self.offload_device, -extra_memory)
@@ -55,7 +55,7 @@ class ReplaceablePatcher(host.Patcher):
             if moved + tensor.nbytes > extra_memory:
                 break
             try:
-                here = tensor.to(device_to)  # while it is pinned, which makes the copy fast
+                here = tensor.to(device_to)  # still pinned, which makes the copy fast
             except RuntimeError as error:
                 if not host.is_out_of_memory(error):
                     raise
@@ -69,10 +69,10 @@ class ReplaceablePatcher(host.Patcher):
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
     ) -> int:
-        """Push off what frees so many bytes; drop all of it where it has no place to wait.
+        """Offloads enough buffers to free so many bytes; drops all where the CPU has no room.
 
         Returns:
-            How many bytes of the device are free now.
+            How many bytes of the device were freed.
         """
         loaded = self.loaded_size()
         if min(memory_to_free, loaded) > host.free_bytes(device_to) * _SHARE_TO_SPILL:
@@ -91,7 +91,7 @@ class ReplaceablePatcher(host.Patcher):
 
     @override
     def detach(self, unpatch_all: bool = True) -> nn.Module:
-        """Push everything off; not `unpatch_all`: it is loaded again at once, or dies."""
+        """Offloads every buffer if `unpatch_all`; else the caller loads it again, or frees it."""
         if unpatch_all and not host.is_prompt_running():
             self.drop()
         elif unpatch_all and self.load_device != self.offload_device:
@@ -99,7 +99,7 @@ class ReplaceablePatcher(host.Patcher):
         return self.model
 
     def drop(self) -> None:
-        """Free every buffer."""
+        """Frees every buffer."""
         self.unpin_all_weights()
         for name, _ in list(self.model.named_buffers()):
             self._set(name, None)

@@ -1,4 +1,4 @@
-"""Which part of a transformer is where it computes."""
+"""Which part of a transformer is loaded."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .reference_cache import ReferenceStore
 class Residency:
     """Loads the part of a transformer that computes next, and unloads the other.
 
-    It knows the patchers, not the network: a network that held its handle would never be freed.
+    It holds the patchers, not the network: in a reference cycle the network would not be freed.
     """
 
     def __init__(self, modulation: Any, blocks: Any, cached: ReferenceStore) -> None:

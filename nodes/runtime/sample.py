@@ -14,7 +14,7 @@ from .reference_cache import ReferenceKV
 
 
 class Handle(Protocol):
-    """What samples: a model of this pack's loaders, or a native MODEL."""
+    """A model that can sample: one of this pack's loaders, or a native MODEL."""
 
     family: FluxFamily
     patcher: Any  # of the part that steps
@@ -26,13 +26,13 @@ class Handle(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         ...
 
     def ready(
         self, job: Job, reference_kv: ReferenceKV = "auto", *, may_stop: bool = False
     ) -> AbstractContextManager[Run]:
-        """A job on this model, planned and loaded."""
+        """Yields a job on this model, planned and with its weights loaded."""
         ...
 
 

@@ -7,7 +7,7 @@ from glassbox.flux_core.errors import SettingError, ShapeError
 from glassbox.flux_core.families import FLUX1_LATENT, FLUX2_LATENT
 from glassbox.flux_core.specs import LatentSpec, Placement
 from glassbox.flux_core.tokens.ids import image_ids, place, text_ids
-from glassbox.flux_core.tokens.native import NativePlaces, native_method
+from glassbox.flux_core.tokens.native import NativePositions, native_method
 from glassbox.flux_core.tokens.references import place_references
 from glassbox.flux_core.values import Tokens
 
@@ -57,44 +57,44 @@ def sequence(*counts: int, batch: int = 2) -> torch.Tensor:
     return torch.cat(parts).expand(batch, -1, -1)
 
 
-def places(*counts: int, text_tokens: int = 3) -> NativePlaces:
+def positions(*counts: int, text_tokens: int = 3) -> NativePositions:
     ids = tuple(image_ids((1, n), FLUX1_LATENT, index=7.0, row=0.5) for n in counts)
-    return NativePlaces(references=ids, text_tokens=text_tokens)
+    return NativePositions(references=ids, text_tokens=text_tokens)
 
 
 def test_only_the_references_ids_are_written_over_and_none_is_added() -> None:
     before = sequence(2, 5)
     kept = before.clone()
-    after = places(2, 5).place(before, [2, 5])
+    after = positions(2, 5).place(before, [2, 5])
     assert after.shape == before.shape
     assert torch.equal(after[:, :6], before[:, :6])
     for one in after:
-        assert torch.equal(one[6:], torch.cat(places(2, 5).references))
+        assert torch.equal(one[6:], torch.cat(positions(2, 5).references))
     assert torch.equal(before, kept)
 
 
 def test_without_references_nothing_changes() -> None:
     before = sequence()
-    assert places().place(before, []) is before
+    assert positions().place(before, []) is before
 
 
 @pytest.mark.parametrize("counts", [[], [2], [5, 2], [2, 5, 1]])
 def test_another_count_is_refused_with_both(counts: list[int]) -> None:
     with pytest.raises(ShapeError) as caught:
-        places(2, 5).place(sequence(*counts), counts)
+        positions(2, 5).place(sequence(*counts), counts)
     assert "2 references of 2, 5 tokens" in caught.value.found
     assert caught.value.settings == ("native conditioning", "native positions")
 
 
 def test_references_where_the_conditioning_has_none_are_refused() -> None:
     with pytest.raises(ShapeError, match="position ids are for no reference"):
-        places().place(sequence(2), [2])
+        positions().place(sequence(2), [2])
 
 
 def test_a_sequence_that_another_node_made_longer_is_refused() -> None:
     longer = torch.cat((sequence(2), sequence(2)[:, -1:]), dim=1)
     with pytest.raises(ShapeError, match="has added tokens"):
-        places(2).place(longer, [2])
+        positions(2).place(longer, [2])
 
 
 def padded(*lengths: int, total: int = 8) -> torch.Tensor:
@@ -111,7 +111,7 @@ IDS = text_ids(8, FLUX2_LATENT).expand(2, -1, -1)
 @pytest.mark.parametrize("lengths", [(3, 3), (3, 0), (0, 0)])
 def test_empty_tokens_before_a_text_of_our_length_are_taken_off(lengths: tuple[int, ...]) -> None:
     txt = padded(*lengths)
-    after, ids = places().trim(txt, IDS)
+    after, ids = positions().trim(txt, IDS)
     assert torch.equal(after, txt[:, 5:])
     assert torch.equal(ids[0], text_ids(3, FLUX2_LATENT))
 
@@ -119,14 +119,14 @@ def test_empty_tokens_before_a_text_of_our_length_are_taken_off(lengths: tuple[i
 @pytest.mark.parametrize("lengths", [(8, 8), (5, 5), (2, 8)])
 def test_other_texts_stay_as_they_are(lengths: tuple[int, ...]) -> None:
     txt = padded(*lengths)
-    assert places().trim(txt, IDS) == (txt, IDS)
+    assert positions().trim(txt, IDS) == (txt, IDS)
 
 
 def test_a_text_of_full_length_stays_as_it_is() -> None:
     txt = padded(8, 8)
-    assert places(text_tokens=8).trim(txt, IDS) == (txt, IDS)
+    assert positions(text_tokens=8).trim(txt, IDS) == (txt, IDS)
 
 
 def test_our_text_in_one_batch_with_another_length_is_refused() -> None:
     with pytest.raises(SettingError, match="differ in length"):
-        places().trim(padded(3, 8), IDS)
+        positions().trim(padded(3, 8), IDS)

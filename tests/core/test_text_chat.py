@@ -101,8 +101,8 @@ def test_tekken_gives_the_ids_of_the_published_converter(
     mistral: ChatTokenizer, tmp_path: Path
 ) -> None:
     published = samples.published_mistral_tokenizer(tmp_path)
-    for prompt in (*PROMPTS, LONG, samples.SPLIT, MISTRAL.before):
-        text = f"{MISTRAL.before}{prompt}{MISTRAL.behind}"
+    for prompt in (*PROMPTS, LONG, samples.SPLIT, MISTRAL.prefix):
+        text = f"{MISTRAL.prefix}{prompt}{MISTRAL.suffix}"
         expected = published(text, add_special_tokens=False).input_ids
         ours = read_tekken(samples.tekken()).encode(text, add_special_tokens=False)
         assert list(ours.ids) == expected

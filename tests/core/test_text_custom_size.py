@@ -24,7 +24,7 @@ def test_its_sizes_are_read_from_the_file_and_the_rest_is_its_kins(tmp_path: Pat
     found = part(tmp_path, tiny_flux2.language_state(QWEN3_4B, 300, seed=1))
     assert (found.spec.hidden, found.spec.ffn) == (WIDTH, 2 * WIDTH)
     assert (found.spec.heads, found.spec.kv_heads) == (1, 1)
-    assert (found.spec.layers, found.spec.before) == (QWEN3_4B.layers, QWEN3_4B.before)
+    assert (found.spec.layers, found.spec.prefix) == (QWEN3_4B.layers, QWEN3_4B.prefix)
     assert f"custom size ({WIDTH} wide)" in found.spec.title
 
 

@@ -281,7 +281,7 @@ def _cancel(bench: Bench) -> Answer:
     """A cancel while references are computed, and one in the middle of the steps."""
     handle, picture = bench.handle(), bench.reference(1)
     expected = bench.run(bench.handle(), picture)
-    held = [_cancelled(bench, handle, picture, cls) for cls in ("_CachedBlock", "_Seen")]
+    held = [_cancelled(bench, handle, picture, cls) for cls in ("_CachedBlock", "_CachedKeyValues")]
     result, passes = bench.counted(handle, picture)
     return {
         "cancel_held": held,

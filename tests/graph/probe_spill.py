@@ -92,7 +92,7 @@ class World:
 
     def state(self, patcher: Any) -> Answer:
         """Tensors on the device, waiting pinned, and whether all are whole and can be read."""
-        seen = self.kept._Seen(patcher, [])
+        seen = self.kept._CachedKeyValues(patcher, [])
         values = [tensor for one in seen for tensor in (one.key, one.value)]
         whole = [
             tensor.device == FAR and bool((tensor == i).all()) for i, tensor in enumerate(values)

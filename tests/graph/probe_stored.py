@@ -178,7 +178,7 @@ def _compare(bench: StoredBench, path: Path) -> Answer:
         "bytes": [before, _bytes(plain), path.stat().st_size],
         "counted": sum(one.model_size() for one in stored.get_models()),
         "unchanged": before == _bytes(stored),
-        "made": [one._made for one in (stored, one, plain)],
+        "made": [one._dequantised for one in (stored, one, plain)],
         "reports": [stored.report, plain.report],
     }
 

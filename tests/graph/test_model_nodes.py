@@ -35,7 +35,7 @@ REFUSED_NODES = {
     "PerpNeg": "sampler_cfg_function of nodes_perpneg",
     "PerturbedAttentionGuidance": "sampler_post_cfg_function of nodes_pag",
     "RescaleCFG": "sampler_cfg_function of nodes_model_advanced",
-    "ScaleROPE": "'ScaleROPE' moves all places",
+    "ScaleROPE": "'ScaleROPE' moves all position ids",
     "SkipLayerGuidanceDiTSimple": "sampler_calc_cond_batch_function of nodes_slg",
 }
 UNTRIED = ("as ModelMergeBlocks", "loads one", "needs a part of another model")

@@ -50,7 +50,7 @@ def test_a_plain_native_run_is_the_same_bit_for_bit_after_all_of_it(probe: dict[
         ("none", "ShapeError: The sampler hands no reference to the model"),
         ("generation", "FamilyMismatchError: The references are FLUX.2's, the MODEL is FLUX.1."),
         ("forward", "SettingError: Another node has replaced the network's code: diffusion_model"),
-        ("scaled", "SettingError: 'ScaleROPE' moves all places of this model"),
+        ("scaled", "SettingError: 'ScaleROPE' moves all position ids of this model"),
         ("lengthened", "ShapeError: Another node has added tokens to the model's sequence."),
         ("fill", "SettingError: The MODEL takes 384 channels a token and gives 64"),
         ("sdxl", "FamilyMismatchError: The MODEL is SDXL around builtins.object."),

@@ -61,7 +61,7 @@ def test_nothing_is_left_on_the_model_and_a_plain_native_run_stays_the_same(
     ("use", "words"),
     [
         ("forward", "SettingError: Another node has replaced the network's code: diffusion_model"),
-        ("scaled", "SettingError: 'ScaleROPE' moves all places of this model"),
+        ("scaled", "SettingError: 'ScaleROPE' moves all position ids of this model"),
         ("fill", "SettingError: The MODEL takes 384 channels a token and gives 64"),
         ("sdxl", "FamilyMismatchError: The MODEL is SDXL around builtins.object."),
         (

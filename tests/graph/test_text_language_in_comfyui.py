@@ -47,7 +47,7 @@ def test_ids_of_the_shipped_tokenizer_equal_transformers(
     shipped: ChatTokenizer, prompt: str
 ) -> None:
     published: Any = transformers.Qwen2TokenizerFast.from_pretrained(str(folder()))
-    text = f"{QWEN3_4B.before}{prompt}{QWEN3_4B.behind}"
+    text = f"{QWEN3_4B.prefix}{prompt}{QWEN3_4B.suffix}"
     expected = published(
         text, padding="max_length", max_length=512, truncation=True, return_tensors="pt"
     )
