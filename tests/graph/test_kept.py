@@ -38,7 +38,7 @@ def test_every_mode_makes_the_same_picture_and_says_what_it_did(seen: dict[str, 
     assert this_run == again
     assert "computed and kept" in kept
     assert "reused" in auto
-    assert seen["modes_left"] == "keep_for_the_run"
+    assert seen["modes_left"] == "cache_for_the_run"
 
 
 def test_a_then_b_then_a_gives_the_first_picture_again(seen: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ def test_a_cancel_keeps_what_is_complete_and_nothing_else(seen: dict[str, Any]) 
     assert between_steps > 0
     assert seen["cancel_passes"] == 0
     assert seen["cancel_equal"]
-    assert seen["cancel_keep"] == "keep_for_the_run"
+    assert seen["cancel_keep"] == "cache_for_the_run"
 
 
 def test_both_passes_of_true_cfg_share_them(seen: dict[str, Any]) -> None:
