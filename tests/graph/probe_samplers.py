@@ -26,6 +26,7 @@ def main(scratch: Path) -> Answer:
         for check in (
             bench.guider_and_ours,
             bench.native_sampler_inside_ours,
+            bench.shift,
             bench.solvers,
             bench.image_to_image,
             bench.mask,
@@ -101,8 +102,21 @@ class Samplers(Bench):
     def native_sampler_inside_ours(self, generation: str) -> dict[str, float]:
         one = self.conditioning(generation, 1, "auto")
         euler = self.custom.KSamplerSelect.execute("euler").result[0]
-        expected = self.ours_with(generation, one)
-        return {"SAMPLER euler": _apart(self.ours_with(generation, one, sampler=euler), expected)}
+        moved = self.run("PositionIds", tokens=self.inputs(generation)[0], index=0, row=3, column=2)
+        apart: dict[str, float] = {}
+        for name, changes in (("", {}), (", moved noise", {"noise": moved})):
+            expected = self.ours_with(generation, one, **changes)
+            made = self.ours_with(generation, one, sampler=euler, **changes)
+            apart[f"SAMPLER euler{name}"] = _apart(made, expected)
+        return apart
+
+    def shift(self, generation: str) -> dict[str, float]:
+        """A sampler that turns percents of the way into noise levels, by the model's own shift."""
+        one = self.conditioning(generation, 1, "auto")
+        guider = self.run("Guider", model=self.ours[generation], conditioning=one)
+        made = self.advanced(generation, guider, "sa_solver")
+        native = self.native_guider(generation, one)
+        return {"sa_solver": _apart(made, self.advanced(generation, native, "sa_solver"))}
 
     def solvers(self, generation: str) -> dict[str, float]:
         """Our solvers against ComfyUI's, on the same native MODEL and sigmas."""
@@ -214,7 +228,9 @@ class Samplers(Bench):
         samples = self.image("FLUX.1")["samples"]
         nested = {"samples": comfy.nested_tensor.NestedTensor([samples, samples])}
         rising = torch.tensor([0.2, 0.5, 0.0])
-        large = {"samples": torch.zeros(1, 16, 20, 20)}
+        large = {"samples": torch.ones(1, 16, 20, 20)}
+        euler = self.custom.KSamplerSelect.execute("euler").result[0]
+        published = self.run("PackLatent", latent=self.image("FLUX.1"), latent_format="FLUX.1")
 
         def advanced(**changes: Any) -> Callable[[], Any]:
             return lambda: self.advanced("FLUX.1", guider, **changes)
@@ -237,6 +253,11 @@ class Samplers(Bench):
             "no sampler": ours(sampler="euler"),
             "rising sigmas, ours": ours(sigmas=rising),
             "start of another size": ours(start_tokens=large),
+            "start of another size, SAMPLER": ours(start_tokens=large, sampler=euler),
+            "noise of FLUX.1, SAMPLER": ours(noise=published, sampler=euler),
+            "no sigmas, SAMPLER": ours(sigmas=torch.zeros(0), sampler=euler),
+            "noise of another size": advanced(noise=_Noise(torch.ones(2, 16, 4, 4))),
+            "SAMPLER of another shape": lambda: self._with(guider, lambda *_, **__: samples[:1]),
             "start of FLUX.2": ours(start_tokens=self.empty("FLUX.2")),
             "conditioning of FLUX.2": lambda: self.run(
                 "SampleGuided",
@@ -253,17 +274,34 @@ class Samplers(Bench):
 
     def _with_option(self, guider: Any) -> Any:
         """A sampler of another pack that sets what only ComfyUI's guiders follow."""
-        import comfy.samplers
 
         def sample(model: Any, x: Any, sigmas: Any, extra_args: Any, **_: Any) -> Any:
             options = {**extra_args["model_options"], "sampler_cfg_function": print}
             given = {**extra_args, "model_options": options}
             return model(x, sigmas[0].expand(x.shape[0]), **given)
 
+        return self._with(guider, sample)
+
+    def _with(self, guider: Any, sample: Any) -> Any:
+        import comfy.samplers
+
         noise = self.custom.RandomNoise.execute(11).result[0]
         sampler, (_, sigmas) = comfy.samplers.KSAMPLER(sample), self.inputs("FLUX.1")
         run = self.custom.SamplerCustomAdvanced.execute
         return run(noise, guider, sampler, sigmas, self.empty("FLUX.1"))
+
+
+class _Noise:
+    """A NOISE node's output that is always the same tensor."""
+
+    seed = 0
+
+    def __init__(self, noise: Any) -> None:
+        self.noise = noise
+
+    def generate_noise(self, latent: Any) -> Any:
+        del latent
+        return self.noise
 
 
 def _apart(made: Any, expected: Any) -> float:

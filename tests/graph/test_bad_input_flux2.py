@@ -180,7 +180,7 @@ def test_an_autoencoder_that_gives_nan_is_named_on_the_node_that_used_it(
     image = graph.add("GlassboxUnpackAndDecode", autoencoder=autoencoder, tokens=tokens)
     graph.add("PreviewImage", images=graph.out(image))
     types = {"Encode": "GlassboxEncodeAndPack", "Decode": "GlassboxUnpackAndDecode"}
-    refused(flux2_comfy, graph, types[node], f"{node.lower()}d picture", "Load Autoencoder (FLUX)")
+    refused(flux2_comfy, graph, types[node], f"{node.lower()}d image", "Load Autoencoder (FLUX)")
 
 
 @pytest.mark.parametrize(

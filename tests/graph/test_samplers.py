@@ -20,7 +20,7 @@ def test_samplers_agree_in_both_directions(probe: dict[str, Any]) -> None:
     Both generations; with and without true CFG; 0 to 2 references.
     """
     apart = probe["apart"]
-    assert len(apart) == 34
+    assert len(apart) == 38
     assert {name: one for name, one in apart.items() if one > 1e-5} == {}
 
 
@@ -45,6 +45,11 @@ def test_a_sampler_with_noise_of_its_own_repeats_itself(probe: dict[str, Any]) -
         ("no sampler", "SettingError", "A str is wired where a SAMPLER goes."),
         ("rising sigmas, ours", "SettingError", "'Schedule (FLUX)'"),
         ("start of another size", "ShapeError", "The start image is 160x160, the noise 96x64."),
+        ("start of another size, SAMPLER", "ShapeError", "The start image is 160x160"),
+        ("noise of FLUX.1, SAMPLER", "FamilyMismatchError", "holds FLUX.1 tokens"),
+        ("no sigmas, SAMPLER", "SettingError", "The sigmas have shape (0,)."),
+        ("noise of another size", "ShapeError", "The noise has shape (2, 16, 4, 4)"),
+        ("SAMPLER of another shape", "SettingError", "The SAMPLER gave back a Tensor of shape"),
         ("start of FLUX.2", "FamilyMismatchError", "The start image input holds FLUX.2 tokens."),
         ("conditioning of FLUX.2", "FamilyMismatchError", "'Load Text Encoders (FLUX)'"),
         ("denoise 0", "SettingError", "set denoise on 'Schedule (FLUX)'"),
