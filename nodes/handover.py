@@ -6,7 +6,6 @@ from typing_extensions import override
 from ..flux_core.sampling.guidance import Passes, TrueCFG
 from . import host
 from .native.conditioning import AnyConditioning, as_conditioning
-from .native.guider import Guider
 from .native.handle import AnyModel, as_model
 from .node import Node
 from .runtime.reference_cache import ReferenceKV, choose
@@ -125,6 +124,8 @@ class GuiderNode(Node):
         passes: Passes = "batched",
         reference_kv: ReferenceKV = "auto",
     ) -> io.NodeOutput:
+        from .native.guider import Guider  # with the first use: it takes time
+
         handle = as_model(model)
         positive = as_conditioning(conditioning, handle)
         settings = None

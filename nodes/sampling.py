@@ -10,7 +10,6 @@ from ..flux_core.sampling.job import Job
 from ..flux_core.sampling.solvers import SOLVERS, SolverName
 from ..flux_core.values import Tokens
 from .native.conditioning import AnyConditioning, as_conditioning
-from .native.guider import sample_with
 from .native.handle import AnyModel, as_model
 from .native.latent import AnyTokens, as_tokens
 from .node import Node
@@ -229,6 +228,8 @@ class SampleTrueCFG(Node):
 def _sample(handle: Handle, job: Job, reference_kv: ReferenceKV, sampler: Any) -> Tokens:
     if sampler is None:
         return sample(handle, job, reference_kv)
+    from .native.guider import sample_with  # with the first use: it takes time
+
     return sample_with(sampler, handle, job, reference_kv)
 
 

@@ -6,7 +6,6 @@ from typing_extensions import override
 from ..flux_core.checks import check_finite
 from ..flux_core.families import LATENTS
 from ..flux_core.tokens.ids import place
-from ..flux_core.tokens.inspect import describe_sequence, sequence_report
 from ..flux_core.tokens.pack import latent_tokens, tokens_latent
 from . import host
 from .native.conditioning import AnyConditioning, as_conditioning
@@ -156,6 +155,8 @@ class InspectTokens(Node):
         noise: AnyTokens | None = None,
         model: AnyModel | None = None,
     ) -> io.NodeOutput:
+        from ..flux_core.tokens.inspect import describe_sequence, sequence_report
+
         handle = None if model is None else as_model(model)
         described = as_conditioning(conditioning, handle)
         rule = None if handle is None else handle.family.references

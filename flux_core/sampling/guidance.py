@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import SettingError, ShapeError
 from ..specs import FluxFamily, TransformerSpec
-from ..transformer.plan import step_of
+from ..steps import step_of
 from ..types import TokenValues
 from ..values import MAX_GUIDANCE, Conditioning, Reference, Tokens
 

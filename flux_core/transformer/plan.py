@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..steps import step_of
 from ..tokens.sequence import TokenSequence
 from ..types import TokenValues
 from .attention import Attention, Where
@@ -15,16 +16,6 @@ from .flux_blocks import FluxBlocks
 from .modulation import StepModulation
 from .references import JoinedReferences, KeyValue
 from .rope import Rope
-
-
-def step_of(sigma: float, sigmas: Sequence[float]) -> int:
-    """Returns the step that a sigma belongs to; a step ends where the next one begins.
-
-    Args:
-        sigma: any noise level, in the list or between two of it.
-        sigmas: the level at which each step begins, falling.
-    """
-    return max(sum(1 for level in sigmas if level >= sigma) - 1, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,5 @@
 """The only door to ComfyUI: the rest of the pack goes through it, or through `native/`."""
 
-from .attention import autoencoder_attention, transformer_attention
 from .devices import (
     DTYPE_CHOICES,
     autoencoder_devices,
@@ -44,7 +43,6 @@ __all__ = [
     "Progress",
     "SampledPatcher",
     "add_nano_models",
-    "autoencoder_attention",
     "autoencoder_devices",
     "autoencoder_dtype",
     "available_bytes",
@@ -74,7 +72,6 @@ __all__ = [
     "text_devices",
     "text_dtype",
     "to_outputs",
-    "transformer_attention",
     "unload",
     "wrap",
 ]

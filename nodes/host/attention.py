@@ -1,4 +1,7 @@
-"""ComfyUI's own attention, as its flags and the device choose it."""
+"""ComfyUI's own attention, as its flags and the device choose it.
+
+Imported with the first model: what it builds on takes time to import.
+"""
 
 from typing import Any
 

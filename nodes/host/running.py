@@ -6,7 +6,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.latent_formats
 import comfy.model_management as mm
@@ -17,13 +17,15 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...flux_core.errors import SettingError
-from ...flux_core.sampling.run import Run
-from ...flux_core.sampling.solvers import Step
 from ...flux_core.specs import LatentSpec
 from ...flux_core.tokens.pack import unpack_tokens
 from ...flux_core.types import Latent
 from ...flux_core.values import Tokens
 from ..settings import in_words
+
+if TYPE_CHECKING:
+    from ...flux_core.sampling.run import Run
+    from ...flux_core.sampling.solvers import Step
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ class Progress:
         return self._previewer.decode_latent_to_preview_image("JPEG", denoised)
 
 
-def drive(run: Run, device: torch.device) -> Step:
+def drive(run: "Run", device: torch.device) -> "Step":
     """Runs every step under ComfyUI's progress, previews and cancelling; returns the last.
 
     The generator is always closed, so nothing it holds outlives a cancel.

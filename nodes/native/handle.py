@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from ...flux_core import memory
-from ...flux_core.sampling.job import Job
-from ...flux_core.sampling.run import Run, run
 from .. import host
 from ..runtime.handles import ModelHandle
 from ..runtime.reference_cache import ReferenceKV, choose
 from .lora import native_with_changes
 
 if TYPE_CHECKING:
+    from ...flux_core.sampling.job import Job
+    from ...flux_core.sampling.run import Run
     from ...flux_core.weights.lora import Lora, LoraPart
 
 AnyModel: TypeAlias = ModelHandle | Any  # the other is ComfyUI's ModelPatcher
@@ -51,8 +51,8 @@ class NativeModelHandle:
 
     @contextmanager
     def ready(
-        self, job: Job, reference_kv: ReferenceKV = "auto", *, may_stop: bool = False
-    ) -> Generator[Run, None, None]:
+        self, job: "Job", reference_kv: ReferenceKV = "auto", *, may_stop: bool = False
+    ) -> Generator["Run", None, None]:
         """Yields a job on this model, planned and loaded; both passes of true CFG run in turn.
 
         ComfyUI loads the MODEL and the models attached to it, and cleans up when the run ends.
@@ -60,6 +60,8 @@ class NativeModelHandle:
         Raises:
             GlassboxError: inputs that do not go together, or more than memory holds.
         """
+        from ...flux_core.sampling.run import run  # with the first use: it takes time
+
         choose(reference_kv, self.family)
         if job.cfg is not None:
             job = replace(job, cfg=replace(job.cfg, passes="in turn"))
@@ -73,7 +75,7 @@ class NativeModelHandle:
         finally:
             self.patcher.cleanup()
 
-    def _make_room(self, job: Job) -> None:
+    def _make_room(self, job: "Job") -> None:
         conditioning, noise = job.conditioning, job.noise
         images = (noise, *(one.tokens for one in conditioning.references))
         tokens = conditioning.text.txt.shape[1] + sum(one.count for one in images)

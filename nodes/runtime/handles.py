@@ -15,8 +15,6 @@ from torch import nn
 from ...flux_core import memory
 from ...flux_core.checks import check_finite, check_latent, check_sides
 from ...flux_core.image.pixels import check_image, to_image, to_pixels
-from ...flux_core.sampling.job import Job
-from ...flux_core.sampling.run import Run, run
 from ...flux_core.specs import LatentSpec
 from ...flux_core.types import Image, Latent
 from ...flux_core.values import Conditioning, TextFeatures
@@ -28,6 +26,8 @@ from .residency import Residency
 
 if TYPE_CHECKING:
     from ...flux_core.image.autoencoder import Autoencoder
+    from ...flux_core.sampling.job import Job
+    from ...flux_core.sampling.run import Run
     from ...flux_core.text.encoders import PromptEncoder
     from ...flux_core.transformer.flux import Flux
     from ...flux_core.weights.lora import LoraPart
@@ -40,6 +40,8 @@ class ModelHandle(NotNative):
     """A transformer, whose blocks and modulation are two separate models to ComfyUI."""
 
     def __init__(self, network: "Flux", report: str, dtype: torch.dtype) -> None:
+        from ..host.attention import transformer_attention
+
         devices = host.model_devices()
         self.network, self.family, self.report = network, network.family, report
         self.patcher = host.wrap(network.blocks, devices)
@@ -48,7 +50,7 @@ class ModelHandle(NotNative):
         self._residency = Residency(self._modulation, self.patcher, self._cached)
         self.dtype = network.compute_dtype = dtype
         network.ready = self._residency
-        network.attention = host.transformer_attention(devices[0])
+        network.attention = transformer_attention(devices[0])
         self._dequantised = dequantised_bytes(self.patcher, self._modulation)
         self._base: ModelHandle | None = None
 
@@ -84,19 +86,21 @@ class ModelHandle(NotNative):
 
     @contextmanager
     def ready(
-        self, job: Job, reference_kv: ReferenceKV = "auto", *, may_stop: bool = False
-    ) -> Generator[Run, None, None]:
+        self, job: "Job", reference_kv: ReferenceKV = "auto", *, may_stop: bool = False
+    ) -> Generator["Run", None, None]:
         """Yields a job on this model, planned and with its weights loaded.
 
         Raises:
             GlassboxError: inputs that do not go together, or more than memory holds.
         """
+        from ...flux_core.sampling.run import run  # with the first use: it takes time
+
         cache = self._make_room(job, choose(reference_kv, self.family))
         with caching(self.network, cache):
             planned = run(self.network, job, may_stop=may_stop)
         yield replace(planned, notes=(*planned.notes, *cache.notes))
 
-    def _make_room(self, job: Job, reference_kv: ReferenceKV) -> RunCache:
+    def _make_room(self, job: "Job", reference_kv: ReferenceKV) -> RunCache:
         """Checks that a run fits into memory; returns its cache of references.
 
         Raises:
@@ -179,9 +183,11 @@ class AutoencoderHandle:
     """An autoencoder; images of a batch go through it one by one."""
 
     def __init__(self, autoencoder: "Autoencoder", report: str, dtype: torch.dtype) -> None:
+        from ..host.attention import autoencoder_attention
+
         self.autoencoder, self.report, self.dtype = autoencoder, report, dtype
         self.patcher = host.wrap(autoencoder, host.autoencoder_devices())
-        autoencoder.use_attention(host.autoencoder_attention(self.patcher.load_device))
+        autoencoder.use_attention(autoencoder_attention(self.patcher.load_device))
 
     def get_models(self) -> list[Any]:
         """The patcher, so that ComfyUI holds on to it for the whole prompt."""

@@ -7,11 +7,11 @@ import torch
 
 from glassbox.flux_core.families import FLUX1_KONTEXT, FLUX1_LATENT
 from glassbox.flux_core.specs import TransformerSpec
+from glassbox.flux_core.steps import step_of
 from glassbox.flux_core.tokens.ids import place
 from glassbox.flux_core.tokens.pack import latent_tokens
 from glassbox.flux_core.transformer.flux import build_flux
 from glassbox.flux_core.transformer.modulation import timestep_embedding
-from glassbox.flux_core.transformer.plan import step_of
 from glassbox.flux_core.transformer.rope import rope_table, rotate, unrotate
 from glassbox.flux_core.values import Conditioning, Reference, TextFeatures
 

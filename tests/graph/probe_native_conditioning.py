@@ -49,7 +49,7 @@ class BenchConditioning(Bench):
         self.natives[GUIDED] = self.native_nodes.UNETLoader().load_unet(name, "default")[0]
         self.ours[GUIDED] = self.run("LoadModel", file=name, family="auto", dtype="auto")[0]
         self.told: list[str] = []
-        sys.modules[f"{probe.PACK}.nodes.host"].tell = self.told.extend
+        sys.modules[f"{probe.PACK}.nodes.host"].notify = self.told.extend
 
     def inputs(self, generation: str) -> tuple[Any, Any]:
         noise, sigmas = super().inputs(generation)
