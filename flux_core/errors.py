@@ -65,7 +65,7 @@ SETTINGS = frozenset(
 )
 """What a fix or a note may name; any other word in brackets, as in FLUX.1 [dev], is only a word."""
 
-_SETTING = re.compile(rf"\[({'|'.join(sorted(map(re.escape, SETTINGS)))})\]")
+_BRACKETS = re.compile(r"\[([A-Za-z0-9_ ]+)\]")
 
 
 def printable(text: str) -> str:
@@ -86,12 +86,17 @@ def shorten(name: str, longest: int = 80) -> str:
 
 def settings_in(text: str) -> tuple[str, ...]:
     """Names of the settings that a text mentions in brackets, in order."""
-    return tuple(_SETTING.findall(text))
+    return tuple(name for name in _BRACKETS.findall(text) if name in SETTINGS)
 
 
 def name_settings(text: str, names: Mapping[str, str] | None = None) -> str:
-    """Replace every setting in brackets by what `names` calls it, else by its own name."""
-    return _SETTING.sub(lambda found: (names or {}).get(found[1], found[1]), text)
+    """Replaces every setting in brackets by what `names` calls it, else by its own name."""
+
+    def named(found: re.Match[str]) -> str:
+        setting = found[1]
+        return (names or {}).get(setting, setting) if setting in SETTINGS else found[0]
+
+    return _BRACKETS.sub(named, text)
 
 
 class GlassboxError(ValueError):

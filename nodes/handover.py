@@ -1,9 +1,10 @@
 """For ComfyUI's own nodes: a CONDITIONING, position ids on a MODEL, and a GUIDER."""
 
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io
 from typing_extensions import override
 
-from ..flux_core.sampling.guidance import Passes, TrueCFG
 from . import host
 from .native.conditioning import AnyConditioning, as_conditioning
 from .native.handle import AnyModel, as_model
@@ -12,6 +13,9 @@ from .runtime.reference_cache import ReferenceKV, choose
 from .sampling import cfg_inputs, reference_kv_input
 from .settings import ON_GUIDER, in_words
 from .sockets import conditioning_input, model_input
+
+if TYPE_CHECKING:
+    from ..flux_core.sampling.guidance import Passes
 
 _CATEGORY = "FLUX Glassbox/native"
 
@@ -121,10 +125,11 @@ class GuiderNode(Node):
         cfg: float = 4.0,
         start: float = 0.0,
         end: float = 1.0,
-        passes: Passes = "batched",
+        passes: "Passes" = "batched",
         reference_kv: ReferenceKV = "auto",
     ) -> io.NodeOutput:
-        from .native.guider import Guider  # with the first use: it takes time
+        from ..flux_core.sampling.guidance import TrueCFG  # with the first use: it takes time
+        from .native.guider import Guider
 
         handle = as_model(model)
         positive = as_conditioning(conditioning, handle)

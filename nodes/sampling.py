@@ -1,12 +1,10 @@
 """The samplers: guided, and with true CFG."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 from typing_extensions import override
 
-from ..flux_core.sampling.guidance import Passes, TrueCFG
-from ..flux_core.sampling.job import Job
 from ..flux_core.sampling.solvers import SOLVERS, SolverName
 from ..flux_core.values import Tokens
 from .native.conditioning import AnyConditioning, as_conditioning
@@ -16,6 +14,10 @@ from .node import Node
 from .runtime.reference_cache import REFERENCE_KV, ReferenceKV
 from .runtime.sample import Handle, sample
 from .sockets import TokensSocket, conditioning_input, model_input, tokens_input
+
+if TYPE_CHECKING:
+    from ..flux_core.sampling.guidance import Passes
+    from ..flux_core.sampling.job import Job
 
 _CATEGORY = "FLUX Glassbox/sampling"
 
@@ -144,6 +146,8 @@ class SampleGuided(Node):
         start_tokens: AnyTokens | None = None,
         sampler: io.Sampler.Type | None = None,
     ) -> io.NodeOutput:
+        from ..flux_core.sampling.job import Job  # with the first use: it takes time
+
         handle = as_model(model)
         job = Job(
             conditioning=as_conditioning(conditioning, handle),
@@ -205,12 +209,15 @@ class SampleTrueCFG(Node):
         cfg: float,
         start: float,
         end: float,
-        passes: Passes,
+        passes: "Passes",
         solver: SolverName,
         reference_kv: ReferenceKV = "auto",
         start_tokens: AnyTokens | None = None,
         sampler: io.Sampler.Type | None = None,
     ) -> io.NodeOutput:
+        from ..flux_core.sampling.guidance import TrueCFG
+        from ..flux_core.sampling.job import Job
+
         handle = as_model(model)
         wanted = as_conditioning(positive, handle, "positive")
         avoid = as_conditioning(negative, handle, "negative")
@@ -225,7 +232,7 @@ class SampleTrueCFG(Node):
         return io.NodeOutput(_sample(handle, job, reference_kv, sampler))
 
 
-def _sample(handle: Handle, job: Job, reference_kv: ReferenceKV, sampler: Any) -> Tokens:
+def _sample(handle: Handle, job: "Job", reference_kv: ReferenceKV, sampler: Any) -> Tokens:
     if sampler is None:
         return sample(handle, job, reference_kv)
     from .native.guider import sample_with  # with the first use: it takes time
