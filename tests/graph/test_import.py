@@ -19,12 +19,13 @@ def probe() -> dict[str, Any]:
 def test_importing_the_pack_takes_at_most_50_ms(
     probe: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
-    """Counted in CPU time, the least of five, so that a busy machine does not decide it.
+    """Counted in CPU time, the least of five, and in proportion to work of the same kind.
 
-    The first of the five compiles the pack's files, as its first start does.
+    So a busy machine does not decide it. The first of the five compiles the pack's files, as its
+    first start does.
     """
     record_property("import_cpu_ms", probe["cpu_ms"])
-    assert probe["cpu_ms"] <= 50
+    assert probe["cpu_ms"] <= 50 * probe["slowness"]
 
 
 def test_importing_the_pack_brings_no_heavy_module(probe: dict[str, Any]) -> None:
