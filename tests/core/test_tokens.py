@@ -164,5 +164,5 @@ def test_dropped_tokens_have_no_latent_and_at_least_one_must_stay():
     with pytest.raises(ShapeError, match="3 of 6 tokens were dropped"):
         tokens_latent(part)
     for present in (torch.zeros(3, dtype=torch.bool), torch.ones(6, dtype=torch.bool)):
-        with pytest.raises(ShapeError, match=r"\(3,\), with at least one present"):
+        with pytest.raises(ShapeError, match=r"\(3,\), at least one of them true"):
             drop_tokens(part, present)
