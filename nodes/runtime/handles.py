@@ -98,6 +98,7 @@ class ModelHandle(NotNative):
         cache = self._make_room(job, choose(reference_kv, self.family))
         with caching(self.network, cache):
             planned = run(self.network, job, may_stop=may_stop)
+        self._residency.is_stepping = True
         yield replace(planned, notes=(*planned.notes, *cache.notes))
 
     def _make_room(self, job: "Job", reference_kv: ReferenceKV) -> RunCache:

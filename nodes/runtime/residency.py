@@ -26,20 +26,20 @@ class Residency:
             activations: bytes it needs beside the weights.
             uses_cached: whether it may need the references cached last, which then stay.
         """
-        self.activations, self.uses_cached, self.is_stepping = activations, uses_cached, False
+        self.activations, self.uses_cached = activations, uses_cached
+        self.is_stepping = False  # set once the run is planned
 
     def __call__(self, part: nn.Module) -> torch.device:
         """Loads a part; returns the device it is on.
 
-        Modulation is needed once, before the first step. A sampler that asks for more of it later
-        asks again: from then on both stay.
+        Modulation is needed while a run is planned. A sampler that asks for more of it later asks
+        again: from then on both stay.
         """
         is_modulation = part is self.modulation.model
         if is_modulation and not self.is_stepping:
             return host.load([self.modulation], 0)
         if not self.is_stepping:
             host.unload(self.modulation)
-        self.is_stepping = True
         beside = self.cached.on_device() if self.uses_cached else []
         first = [self.modulation] if is_modulation else []
         return host.load([*first, self.blocks, *beside], self.activations)
